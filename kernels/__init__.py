@@ -1,0 +1,1 @@
+"""Triton kernels of fcnseg, installed as ``fcnseg.kernels``: one file per operator."""

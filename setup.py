@@ -1,0 +1,145 @@
+"""Builds the two extension modules of fcnseg.
+
+``fcnseg._C``       operators, on LibTorch's stable ABI: no Python API in it, loaded as a library
+``fcnseg._pybind``  pybind11: build information and NumPy entry points
+
+Switches (environment): FORCE_CUDA=1, FORCE_ONLY_CPU=1, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS,
+NVCC_FLAGS, DEBUG=1.
+"""
+
+import glob
+import os
+import shutil
+import sys
+
+import pybind11
+import torch
+from setuptools import Extension, setup
+from torch.utils import cpp_extension
+
+TORCH_TARGET = "0x020a000000000000"  # the oldest stable ABI that the sources use: torch 2.10
+DEFAULT_CUDA_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0+PTX"
+
+
+def flag(name: str) -> bool:
+    return os.environ.get(name, "0").lower() not in ("", "0", "false", "off", "no")
+
+
+FORCE_CUDA = flag("FORCE_CUDA")
+FORCE_ONLY_CPU = flag("FORCE_ONLY_CPU")
+DEBUG = flag("DEBUG")
+
+
+def find_cuda_home() -> str | None:
+    """The CUDA toolkit, or None. A CPU build of torch hides it even where CUDA_HOME is set."""
+    home = cpp_extension.CUDA_HOME or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home is None and (nvcc := shutil.which("nvcc")):
+        home = os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
+    if home is not None and not os.path.exists(os.path.join(home, "bin", "nvcc")):
+        home = "/usr/local/cuda"
+    if home is None or not os.path.exists(os.path.join(home, "bin", "nvcc")):
+        return None
+    return home
+
+
+def choose_cuda() -> str | None:
+    """Where the CUDA toolkit lies if the CUDA sources are to be built, else None."""
+    if FORCE_CUDA and FORCE_ONLY_CPU:
+        sys.exit("fcnseg: FORCE_CUDA=1 and FORCE_ONLY_CPU=1 exclude each other")
+    if FORCE_ONLY_CPU:
+        return None
+    home = find_cuda_home()
+    if FORCE_CUDA and home is None:
+        sys.exit("fcnseg: FORCE_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME")
+    # Without FORCE_CUDA a toolkit beside a CPU-only torch is of no use to anybody.
+    return home if FORCE_CUDA or torch.version.cuda is not None else None
+
+
+def compiler_found() -> bool:
+    compiler = os.environ.get("CXX") or "c++"
+    return any(shutil.which(name.split()[0]) for name in (compiler, "g++", "clang++"))
+
+
+def extensions() -> list[Extension]:
+    cuda_home = choose_cuda()
+    cxx = ["-std=c++17", "-fvisibility=hidden", "-Wall"]
+    cxx += ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
+    nvcc = ["-std=c++17", *(["-O0", "-g"] if DEBUG else ["-O3"])]
+    nvcc += os.environ.get("NVCC_FLAGS", "").split()
+    macros: list[tuple[str, str | None]] = [
+        ("TORCH_TARGET_VERSION", TORCH_TARGET),
+        ("TORCH_STABLE_ONLY", None),
+    ]
+    options: dict = {"extra_link_args": [] if DEBUG else ["-s"]}
+    sources = sorted(glob.glob("csrc/cpu/*.cpp"))
+    archs = ""
+    if cuda_home is not None:
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        cpp_extension.CUDA_HOME = cuda_home  # a CPU build of torch leaves it None
+        sources += sorted(glob.glob("csrc/cuda/*.cu"))
+        # CppExtension, not CUDAExtension: the stable ABI needs no libc10_cuda, and the CPU wheel
+        # of torch does not have it. BuildExtension compiles .cu files all the same.
+        options["include_dirs"] = [os.path.join(cuda_home, "include")]
+        options["library_dirs"] = [os.path.join(cuda_home, "lib64")]
+        options["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
+        if torch.version.cuda is not None:
+            options["libraries"].append("torch_cuda")  # for the current stream
+    core = cpp_extension.CppExtension(
+        "fcnseg._C",
+        sources,
+        define_macros=macros,
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        py_limited_api=True,  # links without libtorch_python; the file still carries Python's tag
+        **options,
+    )
+    core.py_limited_api = False
+    info = {
+        "FCNSEG_BUILD_TORCH": torch.__version__,
+        "FCNSEG_BUILD_CUDA": "" if cuda_home is None else cuda_version(cuda_home),
+        "FCNSEG_BUILD_CUDA_ARCHS": archs,
+    }
+    pybind = Extension(
+        "fcnseg._pybind",
+        ["csrc/pybind.cpp"],
+        include_dirs=[pybind11.get_include()],
+        define_macros=[(name, f'"{value}"') for name, value in info.items()],
+        extra_compile_args={"cxx": cxx},
+        extra_link_args=options["extra_link_args"],
+        language="c++",
+    )
+    return [core, pybind]
+
+
+def cuda_version(cuda_home: str) -> str:
+    import json
+
+    with open(os.path.join(cuda_home, "version.json")) as file:
+        return json.load(file)["cuda"]["version"]
+
+
+def ext_modules() -> list[Extension]:
+    if compiler_found():
+        return extensions()
+    if FORCE_CUDA or FORCE_ONLY_CPU:
+        sys.exit("fcnseg: a build was forced, but there is no C++ compiler (set CXX)")
+    print(
+        "fcnseg: WARNING: no C++ compiler found; installing without the compiled operators. "
+        "fcnseg will run on its slow PyTorch reference and say so at import.",
+        file=sys.stderr,
+    )
+    return []
+
+
+setup(
+    packages=[
+        "fcnseg",
+        "fcnseg.data",
+        "fcnseg.kernels",
+        "fcnseg.models",
+        "fcnseg.training",
+    ],
+    package_dir={"fcnseg.kernels": "kernels"},
+    package_data={"fcnseg": ["py.typed"]},
+    ext_modules=ext_modules(),
+    cmdclass={"build_ext": cpp_extension.BuildExtension},
+)
