@@ -1,0 +1,41 @@
+"""Fused upsampling + softmax cross entropy and streaming mIoU for semantic segmentation.
+
+The operators and the metric are here; ``fcnseg.models``, ``fcnseg.data`` and ``fcnseg.training``
+are imported by name, so that the operators need torch alone.
+"""
+
+__version__ = "0.1.0"
+
+from fcnseg import metrics
+from fcnseg._extension import build_info
+from fcnseg._labels import check_labels
+from fcnseg.functional import (
+    confusion_matrix,
+    confusion_matrix_,
+    conv_transpose_argmax,
+    conv_transpose_cross_entropy,
+    upsample_argmax,
+    upsample_confusion_matrix,
+    upsample_confusion_matrix_,
+    upsample_cross_entropy,
+)
+from fcnseg.losses import ConvTransposeCrossEntropyLoss, UpsampleCrossEntropyLoss
+from fcnseg.metrics import ConfusionMatrix
+
+__all__ = [
+    "ConfusionMatrix",
+    "ConvTransposeCrossEntropyLoss",
+    "UpsampleCrossEntropyLoss",
+    "__version__",
+    "build_info",
+    "check_labels",
+    "confusion_matrix",
+    "confusion_matrix_",
+    "conv_transpose_argmax",
+    "conv_transpose_cross_entropy",
+    "metrics",
+    "upsample_argmax",
+    "upsample_confusion_matrix",
+    "upsample_confusion_matrix_",
+    "upsample_cross_entropy",
+]

@@ -1,0 +1,571 @@
+"""Registration: schemas, implementations per device, fake kernels, autograd.
+
+The dispatcher chooses the implementation. CPU tensors run the compiled operator of the namespace
+``fcnseg_cpu`` where there is one; everything else runs ``reference.py``. A CPU implementation
+raises IndexError for a bad label before anything is written; a CUDA implementation records it on
+the device (``_labels.py``).
+
+A loss returns ``(loss, gradient)``. The gradient of a scalar reduction is made in the forward
+pass, when ``compute_grad`` says that it will be wanted (a compiled graph cannot see that), stays in
+the arithmetic's dtype and is scaled into a new tensor by ``scale_gradient``, once per backward.
+``reduction="none"`` has no such gradient: its backward runs the operator again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fcnseg import _extension, _labels, reference
+from fcnseg.reference import compute_dtype
+
+_LOSS = "int ignore_index, str reduction, float label_smoothing"
+_BILINEAR = "bool align_corners, float? scale_h, float? scale_w"
+_CONV = (
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] output_padding, SymInt groups, "
+    "SymInt[2] dilation, SymInt[2] crop"
+)
+
+_SCHEMAS = {
+    "upsample_cross_entropy": (
+        f"(Tensor logits, Tensor target, Tensor? weight, {_LOSS}, {_BILINEAR}, bool compute_grad)"
+        " -> (Tensor, Tensor)"
+    ),
+    "upsample_cross_entropy_backward": (
+        "(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
+        f"float label_smoothing, {_BILINEAR}) -> Tensor"
+    ),
+    "conv_transpose_cross_entropy": (
+        "(Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight, "
+        f"{_CONV}, {_LOSS}, bool[3] compute_grad) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "conv_transpose_cross_entropy_backward": (
+        "(Tensor grad_output, Tensor input, Tensor weight, Tensor target, Tensor? bias, "
+        f"Tensor? class_weight, {_CONV}, int ignore_index, float label_smoothing, "
+        "bool[3] compute_grad) -> (Tensor, Tensor, Tensor)"
+    ),
+    "scale_gradient": "(Tensor gradient, Tensor scale, Tensor like) -> Tensor",
+    "upsample_argmax": f"(Tensor logits, SymInt[2] size, {_BILINEAR}, ScalarType dtype) -> Tensor",
+    "conv_transpose_argmax": (
+        "(Tensor input, Tensor weight, Tensor? bias, SymInt[2] size, "
+        f"{_CONV}, ScalarType dtype) -> Tensor"
+    ),
+    "confusion_matrix": (
+        "(Tensor prediction, Tensor target, SymInt num_classes, int ignore_index) -> Tensor"
+    ),
+    "confusion_matrix_": (
+        "(Tensor(a!) matrix, Tensor prediction, Tensor target, int ignore_index, "
+        "Tensor(b!)? invalid) -> ()"
+    ),
+    "upsample_confusion_matrix": (
+        f"(Tensor logits, Tensor target, int ignore_index, {_BILINEAR}) -> Tensor"
+    ),
+    "upsample_confusion_matrix_": (
+        f"(Tensor(a!) matrix, Tensor logits, Tensor target, int ignore_index, {_BILINEAR}, "
+        "Tensor(b!)? invalid) -> ()"
+    ),
+}
+
+_library = torch.library.Library("fcnseg", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_implementations: dict[str, dict[str, str]] = {}
+
+
+def implementations() -> dict[str, dict[str, str]]:
+    """What runs behind each operator, per device: "c++" or "reference"."""
+    return {name: dict(kinds) for name, kinds in _implementations.items()}
+
+
+def _register(
+    name: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], cpu_kind: str = "reference"
+) -> None:
+    _library.impl(name, cpu, "CPU")
+    _library.impl(name, cuda, "CUDA")
+    if "backward" not in name and name != "scale_gradient":
+        _implementations[name] = {"cpu": cpu_kind, "cuda": "reference"}
+
+
+def _with_strides_of(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """``gradient`` laid out as ``tensor`` (as the fake kernels promise); a copy only if needed."""
+    if gradient.numel() == 0:
+        return gradient
+    out = torch.empty_like(tensor, dtype=gradient.dtype)
+    return gradient if out.stride() == gradient.stride() else out.copy_(gradient)
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+def _upsample_cross_entropy(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    loss, gradient = reference.upsample_cross_entropy(logits, *args)
+    return loss, _with_strides_of(gradient, logits)
+
+
+def _upsample_cross_entropy_cpu(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, *args: Any
+) -> tuple[Tensor, Tensor]:
+    bad = _labels.bad_mask(target, logits.shape[1], ignore_index)
+    _labels.raise_if_bad("target", target, bad, logits.shape[1])
+    return _upsample_cross_entropy(logits, target, weight, ignore_index, *args)
+
+
+def _upsample_cross_entropy_cuda(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, *args: Any
+) -> tuple[Tensor, Tensor]:
+    result = _upsample_cross_entropy(logits, target, weight, ignore_index, *args)
+    _record_bad_labels(target, _labels.bad_mask(target, logits.shape[1], ignore_index))
+    return result
+
+
+def _upsample_cross_entropy_backward(grad_output: Tensor, logits: Tensor, *args: Any) -> Tensor:
+    gradient = reference.upsample_cross_entropy_backward(grad_output, logits, *args)
+    return _with_strides_of(gradient, logits)
+
+
+def _conv_transpose_cross_entropy(
+    input: Tensor, weight: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, grad_input, grad_weight, grad_bias = reference.conv_transpose_cross_entropy(
+        input, weight, *args
+    )
+    return (
+        loss,
+        _with_strides_of(grad_input, input),
+        _with_strides_of(grad_weight, weight),
+        grad_bias,
+    )
+
+
+def _conv_classes(weight: Tensor, conv: Sequence[Any]) -> int:
+    groups = conv[3]
+    return weight.shape[1] * groups
+
+
+def _conv_transpose_cross_entropy_cpu(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_classes, ignore_index = _conv_classes(weight, args[:6]), args[6]
+    bad = _labels.bad_mask(target, num_classes, ignore_index)
+    _labels.raise_if_bad("target", target, bad, num_classes)
+    return _conv_transpose_cross_entropy(input, weight, target, bias, class_weight, *args)
+
+
+def _conv_transpose_cross_entropy_cuda(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    result = _conv_transpose_cross_entropy(input, weight, target, bias, class_weight, *args)
+    num_classes, ignore_index = _conv_classes(weight, args[:6]), args[6]
+    _record_bad_labels(target, _labels.bad_mask(target, num_classes, ignore_index))
+    return result
+
+
+def _conv_transpose_cross_entropy_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_input, grad_weight, grad_bias = reference.conv_transpose_cross_entropy_backward(
+        grad_output, input, weight, *args
+    )
+    return _with_strides_of(grad_input, input), _with_strides_of(grad_weight, weight), grad_bias
+
+
+def _scale_gradient(gradient: Tensor, scale: Tensor, like: Tensor) -> Tensor:
+    # Multiplied in the gradient's dtype and rounded once, to the dtype of `like`: the tensor that
+    # the gradient is of. It also ties a double backward to that tensor, so that it can raise.
+    return (gradient * scale.to(gradient.dtype)).to(like.dtype)
+
+
+def _record_bad_labels(labels: Tensor, bad: Tensor) -> None:
+    _labels.add_to_record(_labels.device_record(labels.device), labels, bad)
+    _labels.check_now(labels.device)
+
+
+_register(
+    "upsample_cross_entropy", cpu=_upsample_cross_entropy_cpu, cuda=_upsample_cross_entropy_cuda
+)
+_register(
+    "upsample_cross_entropy_backward",
+    cpu=_upsample_cross_entropy_backward,
+    cuda=_upsample_cross_entropy_backward,
+)
+_register(
+    "conv_transpose_cross_entropy",
+    cpu=_conv_transpose_cross_entropy_cpu,
+    cuda=_conv_transpose_cross_entropy_cuda,
+)
+_register(
+    "conv_transpose_cross_entropy_backward",
+    cpu=_conv_transpose_cross_entropy_backward,
+    cuda=_conv_transpose_cross_entropy_backward,
+)
+_register("scale_gradient", cpu=_scale_gradient, cuda=_scale_gradient)
+
+
+# --- argmax ---------------------------------------------------------------------------------------
+
+
+def _upsample_argmax(*args: Any) -> Tensor:
+    return reference.upsample_argmax(*args).contiguous()
+
+
+def _conv_transpose_argmax(*args: Any) -> Tensor:
+    return reference.conv_transpose_argmax(*args).contiguous()
+
+
+_register("upsample_argmax", cpu=_upsample_argmax, cuda=_upsample_argmax)
+_register("conv_transpose_argmax", cpu=_conv_transpose_argmax, cuda=_conv_transpose_argmax)
+
+
+# --- confusion matrices ---------------------------------------------------------------------------
+
+
+def _confusion_matrix_compiled(
+    matrix: Tensor,
+    prediction: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    invalid: Tensor | None = None,
+) -> None:
+    counts = matrix if matrix.is_contiguous() else torch.zeros_like(matrix).contiguous()
+    report = torch.ops.fcnseg_cpu.confusion_matrix_(counts, prediction, target, ignore_index)
+    count, flat, value, in_prediction = report.tolist()
+    if count:
+        name = "prediction" if in_prediction else "target"
+        position = _labels.unravel(flat, target.shape)
+        raise IndexError(_labels.error_message(name, count, value, position, matrix.shape[0]))
+    if counts is not matrix:
+        matrix.add_(counts)
+
+
+def _confusion_matrix_reference_cpu(
+    matrix: Tensor,
+    prediction: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    invalid: Tensor | None = None,
+) -> None:
+    counts = torch.zeros_like(matrix)
+    bad_prediction, bad_target = reference.confusion_matrix_(
+        counts, prediction, target, ignore_index
+    )
+    _labels.raise_if_bad("target", target, bad_target, matrix.shape[0])
+    _labels.raise_if_bad("prediction", prediction, bad_prediction, matrix.shape[0])
+    matrix.add_(counts)
+
+
+def _confusion_matrix_cuda(
+    matrix: Tensor,
+    prediction: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    invalid: Tensor | None = None,
+) -> None:
+    bad_prediction, bad_target = reference.confusion_matrix_(
+        matrix, prediction, target, ignore_index
+    )
+    bad = bad_prediction | bad_target
+    if invalid is None:
+        labels = torch.where(bad_target, target.to(torch.int64), prediction.to(torch.int64))
+        _record_bad_labels(labels, bad)
+    else:
+        invalid.add_(bad.sum())
+
+
+def _from_zeros(update: Callable[..., None]) -> Callable[..., Tensor]:
+    """``confusion_matrix`` in terms of ``confusion_matrix_``."""
+
+    def confusion_matrix(
+        prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int
+    ) -> Tensor:
+        matrix = _confusion_matrix_fake(prediction, target, num_classes, ignore_index).zero_()
+        update(matrix, prediction, target, ignore_index)
+        return matrix
+
+    return confusion_matrix
+
+
+def _through_labels(update: Callable[..., None]) -> Callable[..., None]:
+    """``upsample_confusion_matrix_`` in terms of ``confusion_matrix_``: writes the labels."""
+
+    def upsample_confusion_matrix_(
+        matrix: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        ignore_index: int,
+        align_corners: bool,
+        scale_h: float | None,
+        scale_w: float | None,
+        invalid: Tensor | None = None,
+    ) -> None:
+        prediction = reference.upsample_argmax(
+            logits, target.shape[1:], align_corners, scale_h, scale_w, torch.int64
+        )
+        update(matrix, prediction, target, ignore_index, invalid)
+
+    return upsample_confusion_matrix_
+
+
+def _upsample_from_zeros(update: Callable[..., None]) -> Callable[..., Tensor]:
+    def upsample_confusion_matrix(logits: Tensor, *args: Any) -> Tensor:
+        matrix = _upsample_confusion_matrix_fake(logits, *args).zero_()
+        update(matrix, logits, *args)
+        return matrix
+
+    return upsample_confusion_matrix
+
+
+def _confusion_matrix_fake(
+    prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int
+) -> Tensor:
+    return target.new_empty((num_classes, num_classes), dtype=torch.int64)
+
+
+def _upsample_confusion_matrix_fake(logits: Tensor, target: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty((logits.shape[1], logits.shape[1]), dtype=torch.int64)
+
+
+_compiled = _extension.has_kernel("cpu", "confusion_matrix_")
+_confusion_matrix_cpu = _confusion_matrix_compiled if _compiled else _confusion_matrix_reference_cpu
+_kind = "c++" if _compiled else "reference"
+
+_register(
+    "confusion_matrix_", cpu=_confusion_matrix_cpu, cuda=_confusion_matrix_cuda, cpu_kind=_kind
+)
+_register(
+    "confusion_matrix",
+    cpu=_from_zeros(_confusion_matrix_cpu),
+    cuda=_from_zeros(_confusion_matrix_cuda),
+    cpu_kind=_kind,
+)
+_register(
+    "upsample_confusion_matrix_",
+    cpu=_through_labels(_confusion_matrix_cpu),
+    cuda=_through_labels(_confusion_matrix_cuda),
+)
+_register(
+    "upsample_confusion_matrix",
+    cpu=_upsample_from_zeros(_through_labels(_confusion_matrix_cpu)),
+    cuda=_upsample_from_zeros(_through_labels(_confusion_matrix_cuda)),
+)
+
+
+# --- fake kernels: shapes, dtypes and strides without data ----------------------------------------
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"fcnseg::{name}", lib=_library)
+
+
+def _fake_loss(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
+    shape = target.shape if reduction == "none" else ()
+    return logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
+
+
+def _fake_gradient(tensor: Tensor, wanted: bool) -> Tensor:
+    dtype = compute_dtype(tensor.dtype)
+    return torch.empty_like(tensor, dtype=dtype) if wanted else tensor.new_empty(0, dtype=dtype)
+
+
+@_fake("upsample_cross_entropy")
+def _(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    align_corners: bool,
+    scale_h: float | None,
+    scale_w: float | None,
+    compute_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    wanted = compute_grad and reduction != "none"
+    return _fake_loss(logits, target, reduction), _fake_gradient(logits, wanted)
+
+
+@_fake("upsample_cross_entropy_backward")
+def _(grad_output: Tensor, logits: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@_fake("conv_transpose_cross_entropy")
+def _(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+    crop: Sequence[int],
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    compute_grad: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    to_input, to_weight, to_bias = (wanted and reduction != "none" for wanted in compute_grad)
+    classes = weight.new_empty(weight.shape[1] * groups)
+    return (
+        _fake_loss(input, target, reduction),
+        _fake_gradient(input, to_input),
+        _fake_gradient(weight, to_weight),
+        _fake_gradient(classes, to_bias),
+    )
+
+
+@_fake("conv_transpose_cross_entropy_backward")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    compute_grad = args[-1]
+    shaped = (input, weight, input.new_empty(0) if bias is None else bias)
+    to_input, to_weight, to_bias = (
+        torch.empty_like(tensor) if wanted else tensor.new_empty(0)
+        for tensor, wanted in zip(shaped, compute_grad, strict=True)
+    )
+    return to_input, to_weight, to_bias
+
+
+@_fake("scale_gradient")
+def _(gradient: Tensor, scale: Tensor, like: Tensor) -> Tensor:
+    return torch.empty_like(gradient, dtype=like.dtype)
+
+
+@_fake("upsample_argmax")
+def _(logits: Tensor, size: Sequence[int], *args: Any) -> Tensor:
+    return logits.new_empty((logits.shape[0], *size), dtype=args[-1])
+
+
+@_fake("conv_transpose_argmax")
+def _(
+    input: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], *args: Any
+) -> Tensor:
+    return input.new_empty((input.shape[0], *size), dtype=args[-1])
+
+
+_fake("confusion_matrix")(_confusion_matrix_fake)
+_fake("upsample_confusion_matrix")(_upsample_confusion_matrix_fake)
+
+
+@_fake("confusion_matrix_")
+def _(matrix: Tensor, *args: Any) -> None:
+    return None
+
+
+@_fake("upsample_confusion_matrix_")
+def _(matrix: Tensor, *args: Any) -> None:
+    return None
+
+
+# --- autograd -------------------------------------------------------------------------------------
+
+
+def _autograd(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+) -> None:
+    torch.library.register_autograd(
+        f"fcnseg::{name}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+def _not_twice(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"fcnseg.{name} is not differentiable twice: its gradient is computed together with "
+            "the loss. Use torch.nn.functional for a double backward"
+        )
+
+    return backward
+
+
+def _require_grad_flag(wanted: bool, name: str) -> None:
+    if not wanted:
+        raise RuntimeError(
+            f"torch.ops.fcnseg.{name} ran with compute_grad=False, so there is no gradient; "
+            f"call fcnseg.{name}, which sets the flag"
+        )
+
+
+def _setup_upsample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, weight, ignore_index, reduction, *options, compute_grad = inputs
+    ctx.compute_grad = compute_grad
+    ctx.reduction = reduction
+    ctx.options = (ignore_index, *options)
+    ctx.mark_non_differentiable(output[1])
+    saved = (logits, target, weight) if reduction == "none" else (output[1], logits)
+    ctx.save_for_backward(*saved)
+
+
+def _upsample_backward(ctx: Any, grad_loss: Tensor, grad_gradient: Tensor) -> tuple[Any, ...]:
+    _require_grad_flag(ctx.compute_grad, "upsample_cross_entropy")
+    if ctx.reduction == "none":
+        gradient = torch.ops.fcnseg.upsample_cross_entropy_backward(
+            grad_loss, *ctx.saved_tensors, *ctx.options
+        )
+    else:
+        unscaled, logits = ctx.saved_tensors
+        gradient = torch.ops.fcnseg.scale_gradient(unscaled, grad_loss, logits)
+    return gradient, *[None] * 9
+
+
+def _setup_conv_transpose(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, weight, target, bias, class_weight, *conv = inputs[:11]
+    ignore_index, reduction, label_smoothing, compute_grad = inputs[11:]
+    ctx.compute_grad = compute_grad
+    ctx.reduction = reduction
+    ctx.options = (*conv, ignore_index, label_smoothing, compute_grad)
+    ctx.mark_non_differentiable(*output[1:])
+    none = reduction == "none"
+    saved = (
+        (input, weight, target, bias, class_weight) if none else (*output[1:], *inputs[:2], bias)
+    )
+    ctx.save_for_backward(*saved)
+
+
+def _conv_transpose_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+    _require_grad_flag(any(ctx.compute_grad), "conv_transpose_cross_entropy")
+    if ctx.reduction == "none":
+        gradients = torch.ops.fcnseg.conv_transpose_cross_entropy_backward(
+            grad_loss, *ctx.saved_tensors, *ctx.options
+        )
+    else:
+        saved = ctx.saved_tensors
+        gradients = [
+            torch.ops.fcnseg.scale_gradient(unscaled, grad_loss, like) if wanted else None
+            for unscaled, like, wanted in zip(saved[:3], saved[3:], ctx.compute_grad, strict=True)
+        ]
+    to_input, to_weight, to_bias = (
+        gradient if wanted else None
+        for gradient, wanted in zip(gradients, ctx.compute_grad, strict=True)
+    )
+    return to_input, to_weight, None, to_bias, *[None] * 11
+
+
+_autograd("upsample_cross_entropy", _upsample_backward, _setup_upsample)
+_autograd("conv_transpose_cross_entropy", _conv_transpose_backward, _setup_conv_transpose)
+_autograd("upsample_cross_entropy_backward", _not_twice("upsample_cross_entropy"))
+_autograd("conv_transpose_cross_entropy_backward", _not_twice("conv_transpose_cross_entropy"))
+_autograd("scale_gradient", _not_twice("upsample_cross_entropy / conv_transpose_cross_entropy"))

@@ -1,0 +1,203 @@
+"""Segmentation metrics from a confusion matrix: rows truth, columns prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fcnseg import _checks
+
+
+class ConfusionMatrix(nn.Module):
+    """A confusion matrix that is filled batch by batch, without waiting for the device.
+
+    Args:
+        num_classes: C.
+        ignore_index: label of the target's pixels that are not counted.
+        device: where the matrix lives; ``update`` expects its arguments there.
+
+    Attributes:
+        matrix: int64 ``[C, C]``, rows truth, columns prediction.
+        invalid: int64 scalar, the CUDA pixels left out because a label was outside [0, C) (on the
+            CPU ``update`` raises instead).
+
+    Example:
+        >>> import torch, fcnseg
+        >>> metric = fcnseg.ConfusionMatrix(2, ignore_index=255)
+        >>> metric.update(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 0, 255]]))
+        >>> metric.compute()
+        tensor([[1, 1],
+                [0, 0]])
+    """
+
+    matrix: Tensor
+    invalid: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.num_classes(num_classes)
+        _checks.ignored(ignore_index)
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        shape = (num_classes, num_classes)
+        self.register_buffer("matrix", torch.zeros(shape, dtype=torch.int64, device=device))
+        self.register_buffer("invalid", torch.zeros((), dtype=torch.int64, device=device))
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            prediction: labels of any shape, uint8, int32 or int64; or logits ``[N, C, h, w]``,
+                floating point, which are upsampled bilinearly to the target's size.
+            target: labels, uint8, int32 or int64, of the prediction's shape; ``[N, H, W]`` for
+                logits.
+
+        Raises:
+            ValueError, TypeError: an argument has the wrong shape, dtype or device.
+            IndexError: (CPU) a label outside [0, C); nothing of the batch is counted.
+        """
+        if isinstance(prediction, Tensor) and prediction.is_floating_point():
+            _checks.logits("prediction", prediction)
+            _checks.target(target, "prediction", prediction)
+            _checks.matrix(self.matrix, "prediction", prediction, prediction.shape[1])
+            torch.ops.fcnseg.upsample_confusion_matrix_(
+                self.matrix,
+                prediction.detach(),
+                target,
+                self.ignore_index,
+                False,
+                None,
+                None,
+                self.invalid,
+            )
+            return
+        _checks.prediction_and_target(prediction, target)
+        _checks.matrix(self.matrix, "target", target)
+        torch.ops.fcnseg.confusion_matrix_(
+            self.matrix, prediction, target, self.ignore_index, self.invalid
+        )
+
+    def compute(self) -> Tensor:
+        """The matrix so far, int64 ``[C, C]`` (a copy). Waits for the device.
+
+        Raises:
+            IndexError: CUDA updates met labels outside [0, C); names their count.
+        """
+        invalid = int(self.invalid)
+        if invalid:
+            raise IndexError(
+                f"{invalid} counted pixel{'s' if invalid > 1 else ''} had a prediction or target "
+                f"outside [0, {self.num_classes}); they are not in the matrix (`.matrix`)"
+            )
+        return self.matrix.clone()
+
+    def forward(self, prediction: Tensor, target: Tensor) -> None:
+        """Same as :meth:`update`."""
+        self.update(prediction, target)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.matrix.zero_()
+        self.invalid.zero_()
+
+    def merge_state(self, metrics: Iterable[ConfusionMatrix]) -> ConfusionMatrix:
+        """Add the counts of other metrics of the same number of classes; returns self."""
+        metrics = list(metrics)
+        for other in metrics:
+            if other.num_classes != self.num_classes:
+                raise ValueError(
+                    f"metrics must have num_classes {self.num_classes}, got {other.num_classes}"
+                )
+        for other in metrics:
+            self.matrix += other.matrix.to(self.matrix.device)
+            self.invalid += other.invalid.to(self.invalid.device)
+        return self
+
+    def sync(self, group: dist.ProcessGroup | None = None) -> None:
+        """Replace the counts by their sum over the processes of ``group``, exactly (int64).
+
+        Does nothing where torch.distributed is not initialised. Call it once, after the last
+        update: a second call adds the sums up again.
+        """
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.matrix, group=group)
+            dist.all_reduce(self.invalid, group=group)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a confusion matrix; fractions in [0, 1], NaN where undefined.
+
+    Attributes:
+        iou: float64 ``[C]``, intersection over union; NaN for a class whose union is 0.
+        dice: float64 ``[C]``, 2 |A n B| / (|A| + |B|); NaN for a class whose union is 0.
+        accuracy: float64 ``[C]``, recall per class; NaN for a class without a true pixel.
+        mean_iou, mean_dice, mean_accuracy: means over the classes that are not NaN.
+        pixel_accuracy: share of pixels that are right.
+        frequency_weighted_iou: IoU weighted by the share of true pixels.
+    """
+
+    iou: Tensor
+    dice: Tensor
+    accuracy: Tensor
+    mean_iou: float
+    mean_dice: float
+    mean_accuracy: float
+    pixel_accuracy: float
+    frequency_weighted_iou: float
+
+
+def scores(matrix: Tensor) -> Scores:
+    """IoU, Dice and accuracies of a confusion matrix.
+
+    Args:
+        matrix: ``[C, C]`` counts, int64, rows truth, columns prediction.
+
+    Returns:
+        :class:`Scores`, computed in float64 on the CPU. A class whose union is 0 (neither in the
+        truth nor predicted) is NaN and left out of means.
+
+    Raises:
+        ValueError, TypeError: ``matrix`` is not a square int64 matrix, or has negative counts.
+
+    Source:
+        Long, Shelhamer and Darrell, "Fully convolutional networks for semantic segmentation",
+        2015, section 5.
+
+    Example:
+        >>> import torch, fcnseg
+        >>> fcnseg.metrics.scores(torch.tensor([[3, 1], [0, 4]])).mean_iou
+        0.775
+    """
+    _checks.tensor("matrix", matrix, 2, "[C, C]", (torch.int64,))
+    _checks.matrix(matrix, "matrix", matrix)
+    if bool((matrix < 0).any()):
+        raise ValueError("matrix must hold counts, got a negative value")
+    counts = matrix.detach().to("cpu", torch.float64)
+    hits, truth, predicted = counts.diag(), counts.sum(1), counts.sum(0)
+    total = counts.sum()
+    iou = hits / (truth + predicted - hits)
+    dice = 2 * hits / (truth + predicted)
+    accuracy = hits / truth
+    frequency = truth / total
+    return Scores(
+        iou=iou,
+        dice=dice,
+        accuracy=accuracy,
+        mean_iou=iou.nanmean().item(),
+        mean_dice=dice.nanmean().item(),
+        mean_accuracy=accuracy.nanmean().item(),
+        pixel_accuracy=(hits.sum() / total).item(),
+        # An absent class has frequency 0; its NaN must not count.
+        frequency_weighted_iou=(frequency * torch.where(truth > 0, iou, 0.0)).sum().item(),
+    )
