@@ -114,8 +114,9 @@ def scales(
     """The pair of scales whose inverse is the coordinate step; None where the sizes give it."""
     if scale_factor is None or align_corners:
         return None, None
-    is_number = isinstance(scale_factor, int | float)
-    values = (scale_factor, scale_factor) if is_number else tuple(scale_factor)  # type: ignore
+    if isinstance(scale_factor, int | float):
+        scale_factor = (scale_factor, scale_factor)
+    values = tuple(scale_factor)
     if len(values) != 2 or not all(isinstance(v, int | float) for v in values):
         raise TypeError(f"scale_factor must be a number or a pair of numbers, got {scale_factor!r}")
     for axis, scale, small, large in zip("HW", values, in_size, out_size, strict=True):

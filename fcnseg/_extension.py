@@ -64,7 +64,7 @@ def build_info() -> dict[str, Any]:
         >>> fcnseg.build_info()["operators"]["upsample_argmax"]["cpu"] in ("c++", "reference")
         True
     """
-    from fcnseg import _ops, __version__
+    from fcnseg import __version__, _ops
 
     built = None
     if pybind is not None:

@@ -80,9 +80,12 @@ def add_to_record(record: Tensor, labels: Tensor, bad: Tensor) -> None:
     count = bad.sum()
     flat = bad.flatten().to(torch.uint8).argmax()
     value = labels.flatten()[flat].to(torch.int64)
-    position = unravel(flat, labels.shape)  # type: ignore[arg-type]
-    zeros = [torch.zeros_like(count)] * (3 - len(position))
-    first = torch.stack([value, *zeros, *position])
+    position = []
+    for size in reversed(labels.shape):
+        position.append(flat % size)
+        flat = flat // size
+    position += [torch.zeros_like(count)] * (3 - len(position))
+    first = torch.stack([value, *reversed(position)])
     is_first = (record[0] == 0) & (count > 0)
     record[1:].copy_(torch.where(is_first, first, record[1:]))
     record[0].add_(count)

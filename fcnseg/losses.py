@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ class ConvTransposeCrossEntropyLoss(nn.Module):
         )
         self.weight = convolution.weight
         self.bias = convolution.bias
-        self.geometry = {
+        self.geometry: dict[str, Any] = {
             "stride": stride,
             "padding": padding,
             "output_padding": output_padding,
