@@ -1,0 +1,221 @@
+"""What a training run is made of: one typed, checked, immutable record."""
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DATASETS = ("cityscapes", "ade20k", "camvid")
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+HEADS = ("plain", "fcn")
+UPSAMPLES = ("deconv", "bilinear")
+DECONV_GROUPS = ("grouped", "full")
+OUTPUT_STRIDES = (8, 16, 32)
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+# What may differ between a run and its continuation: none of it changes a loss.
+_FREE_ON_RESUME = frozenset(
+    {
+        "data_root",
+        "output",
+        "resume",
+        "pretrained",
+        "workers",
+        "max_steps",
+        "patience",
+        "log_interval",
+        "checkpoint_interval",
+    }
+)
+
+
+class ConfigError(ValueError):
+    """A setting of a run that cannot be used; the message names the field."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The settings of one training run.
+
+    The defaults are those of the original design: ResNet-101, one 3x3 convolution to the classes,
+    learnable grouped transposed convolution, SGD with momentum for 150 epochs.
+
+    Args:
+        data_root: directory that holds the data set.
+        output: directory that the run writes: checkpoints, metrics, pictures.
+        dataset: one of ``DATASETS``.
+        backbone, head, upsample, deconv_groups, output_stride: see :mod:`fcnseg.models`.
+        aux_loss: train an auxiliary head too; its loss counts ``aux_weight`` times.
+        pretrained: file with a state dict to start from (loaded by name), or None.
+        crop: height and width of the training crops, in pixels.
+        scale: range of the random resize that precedes the crop.
+        color_jitter: largest random change of brightness, contrast and saturation; 0 for none.
+        epochs: length of the whole schedule, in passes over the training set.
+        warmup_epochs: linear warm-up at its start; None takes 10 of every 150 epochs.
+        batch_size: images per step. ``lr``, ``momentum``, ``weight_decay``: of SGD.
+        val_batch_size: images per validation step; 1 unless all images have one size.
+        val_interval: epochs between validations (the last epoch is always followed by one).
+        patience: stop after this many validations in a row without a better mIoU; 0 never does.
+        max_steps: stop after this many steps though the schedule spans ``epochs``; None never does.
+        workers: processes that load data; 0 loads in the training process.
+        precision: ``"fp32"``, or the autocast dtype ``"bf16"`` or ``"fp16"`` (CUDA only).
+        channels_last: memory format of the model and the images.
+        device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        seed: of the initial weights, the data order, the augmentation and dropout.
+        log_interval: steps between two writes of the metrics (every step's loss is recorded).
+        checkpoint_interval: steps between two checkpoints within an epoch; 0 writes one per epoch.
+        resume: continue the run in ``output``.
+
+    Raises:
+        ConfigError: a field is of the wrong type or out of range.
+
+    >>> TrainConfig(data_root="data", output="run", epochs=30).warmup
+    2.0
+    """
+
+    data_root: str
+    output: str
+    dataset: str = "cityscapes"
+
+    backbone: str = "resnet101"
+    head: str = "plain"
+    upsample: str = "deconv"
+    deconv_groups: str = "grouped"
+    output_stride: int = 8
+    aux_loss: bool = False
+    aux_weight: float = 0.4
+    pretrained: str | None = None
+
+    crop: tuple[int, int] = (768, 768)
+    scale: tuple[float, float] = (0.5, 2.0)
+    color_jitter: float = 0.25
+
+    epochs: int = 150
+    warmup_epochs: float | None = None
+    batch_size: int = 16
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    val_batch_size: int = 1
+    val_interval: int = 1
+    patience: int = 20
+    max_steps: int | None = None
+
+    workers: int = 4
+    precision: str = "fp32"
+    channels_last: bool = True
+    device: str = "auto"
+    seed: int = 0
+    log_interval: int = 10
+    checkpoint_interval: int = 200
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("data_root", "output", "pretrained"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+            elif not (value and isinstance(value, str)) and (name, value) != ("pretrained", None):
+                raise ConfigError(f"{name}: expected a path, got {value!r}")
+        self._choice("dataset", DATASETS)
+        self._choice("backbone", BACKBONES)
+        self._choice("head", HEADS)
+        self._choice("upsample", UPSAMPLES)
+        self._choice("deconv_groups", DECONV_GROUPS)
+        self._choice("output_stride", OUTPUT_STRIDES)
+        self._choice("precision", PRECISIONS)
+        for name in ("aux_loss", "channels_last", "resume"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "val_batch_size", "val_interval", "log_interval"):
+            self._integer(name, 1)
+        for name in ("patience", "workers", "seed", "checkpoint_interval"):
+            self._integer(name, 0)
+        if self.max_steps is not None:
+            self._integer("max_steps", 1)
+        self._number("lr", 0, open_low=True)
+        self._number("momentum", 0, 1, open_high=True)
+        self._number("weight_decay", 0)
+        self._number("aux_weight", 0)
+        self._number("color_jitter", 0, 1, open_high=True)
+        if self.warmup_epochs is not None:
+            self._number("warmup_epochs", 0, self.epochs, open_high=True)
+        self._pair("crop", int)
+        self._pair("scale", float)
+        if self.scale[0] > self.scale[1]:
+            raise ConfigError(f"scale: expected (low, high) with low <= high, got {self.scale}")
+        if self.device not in ("auto", "cpu") and self.device.partition(":")[0] != "cuda":
+            raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of linear warm-up."""
+        return self.epochs * 10 / 150 if self.warmup_epochs is None else self.warmup_epochs
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values that JSON and a checkpoint can hold."""
+        fields = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the fields to ``path`` as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def check_resumes(self, saved: dict[str, Any]) -> None:
+        """Raises ConfigError where this run is not a continuation of the one that wrote ``saved``.
+
+        Where the data lie, the worker count and the like may change; nothing that would change a
+        loss may.
+        """
+        changed = [
+            f"{name} was {saved.get(name)!r}, is {value!r}"
+            for name, value in self.to_dict().items()
+            if name not in _FREE_ON_RESUME and saved.get(name) != value
+        ]
+        if changed:
+            raise ConfigError(f"resume: not the same run: {'; '.join(changed)}")
+
+    def _choice(self, name: str, choices: tuple[Any, ...]) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or value not in choices:
+            raise ConfigError(
+                f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}"
+            )
+
+    def _integer(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ConfigError(f"{name}: expected an integer >= {low}, got {value!r}")
+
+    def _number(
+        self,
+        name: str,
+        low: float,
+        high: float = math.inf,
+        *,
+        open_low: bool = False,
+        open_high: bool = False,
+    ) -> None:
+        value = getattr(self, name)
+        ok = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+        ok = ok and (value > low if open_low else value >= low)
+        ok = ok and (value < high if open_high else value <= high)
+        if not ok:
+            limits = f"{'>' if open_low else '>='} {low:g}"
+            if high != math.inf:
+                limits += f" and {'<' if open_high else '<='} {high:g}"
+            raise ConfigError(f"{name}: expected a number {limits}, got {value!r}")
+
+    def _pair(self, name: str, kind: type[int] | type[float]) -> None:
+        value = getattr(self, name)
+        kinds: tuple[type, ...] = (int,) if kind is int else (int, float)
+        ok = isinstance(value, tuple | list) and len(value) == 2
+        ok = ok and all(isinstance(v, kinds) and not isinstance(v, bool) and v > 0 for v in value)
+        if not ok or not all(map(math.isfinite, value)):
+            noun = "positive integers" if kind is int else "positive numbers"
+            raise ConfigError(f"{name}: expected two {noun}, got {value!r}")
+        object.__setattr__(self, name, (kind(value[0]), kind(value[1])))
