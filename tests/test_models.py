@@ -350,6 +350,19 @@ def test_channels_last_gives_the_same_output(options: dict[str, object], image: 
         torch.testing.assert_close(output[name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("upsample", ["bilinear", "deconv"])
+def test_compiles_to_one_graph(upsample: str, image: Tensor, target: Tensor) -> None:
+    model = make(upsample=upsample).eval()
+
+    def compiled(function: object) -> object:
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model)(image), model(image))
+        torch.testing.assert_close(compiled(model.loss)(image, target), model.loss(image, target))
+        assert torch.equal(compiled(model.predict)(image), model.predict(image))
+
+
 # --- arguments -------------------------------------------------------------------------------
 
 

@@ -182,7 +182,7 @@ class FCN(nn.Module):
                 self.deconv.weight,
                 target,
                 stride=self.deconv.stride,
-                padding=self.deconv.padding,
+                padding=self.deconv.stride[0] // 2,
                 groups=self.deconv.groups,
                 class_weight=weight,
                 **options,
@@ -224,10 +224,10 @@ class FCN(nn.Module):
         _check_deconv_size("size", (size, size) if isinstance(size, int) else tuple(size), x)
         return functional.conv_transpose_argmax(
             logits,
-            self.deconv.weight.to(logits.dtype),  # as autocast does for the deconvolution itself
+            self.deconv.weight,
             size,
             stride=self.deconv.stride,
-            padding=self.deconv.padding,
+            padding=self.deconv.stride[0] // 2,
             groups=self.deconv.groups,
         )
 
