@@ -1,15 +1,17 @@
 """Procedural street scenes, written in the layout of Cityscapes.
 
-A stand-in for a real data set: a run without data goes through the very loader that real data takes.
-A scene is a straight street in world coordinates (metres: x right, y up, z ahead of the camera) that
-a pinhole camera projects; surfaces are painted from far to near, each into the image with its
-colour and into the label map with its Cityscapes label id. All sizes follow from the world, so that
-a scene looks alike at every resolution.
+A stand-in for a real data set: a run without data goes through the very loader that real data
+takes. A scene is a straight street in world coordinates (metres: x right, y up, z ahead of the
+camera) that a pinhole camera projects; surfaces are painted from far to near, each into the image
+with its colour and into the label map with its Cityscapes label id. All sizes follow from the
+world, so that a scene looks alike at every resolution.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -23,7 +25,8 @@ import numpy.typing as npt
 from .dataset import DataError, UInt8Array
 
 # Label ids of Cityscapes, named.
-_EGO_VEHICLE, _OUT_OF_ROI, _STATIC, _GROUND, _ROAD, _SIDEWALK, _PARKING = 1, 3, 4, 6, 7, 8, 9
+_EGO_VEHICLE, _OUT_OF_ROI, _STATIC, _DYNAMIC, _GROUND = 1, 3, 4, 5, 6
+_ROAD, _SIDEWALK, _PARKING = 7, 8, 9
 _BUILDING, _WALL, _FENCE, _POLE, _TRAFFIC_LIGHT, _TRAFFIC_SIGN = 11, 12, 13, 17, 19, 20
 _VEGETATION, _TERRAIN, _SKY, _PERSON, _RIDER, _CAR = 21, 22, 23, 24, 25, 26
 _TRUCK, _BUS, _TRAIN, _MOTORCYCLE, _BICYCLE = 27, 28, 31, 32, 33
@@ -50,7 +53,8 @@ class _Canvas:
         self.centre = self.width * rng.uniform(0.44, 0.56)
         self.horizon = self.height * rng.uniform(0.40, 0.46)
         self.eye = rng.uniform(1.3, 1.6)  # the camera's height above the road
-        self.haze = np.array([rng.uniform(170, 205)] * 3) + (0, 3, rng.uniform(5, 20))
+        grey = rng.uniform(170, 205)
+        self.haze = np.array([grey, grey + 3, grey + rng.uniform(5, 20)])
         self.visibility = rng.uniform(70, 200)
 
     def pixels(self, metres: float, z: float) -> float:
@@ -62,13 +66,19 @@ class _Canvas:
 
     def shade(self, colour: Colour, z: float) -> tuple[float, ...]:
         """The colour as seen through the haze."""
-        mix = 1 - np.exp(-z / self.visibility)
-        return tuple(float(v) for v in (1 - mix) * np.asarray(colour) + mix * self.haze)
+        clear = math.exp(-z / self.visibility)
+        return tuple(
+            clear * float(a) + (1 - clear) * float(b)
+            for a, b in zip(colour, self.haze, strict=True)
+        )
 
     def polygon(self, points: Sequence[Point], colour: Colour, label: int) -> None:
-        z = max(np.mean([point[2] for point in points]), _NEAR)
-        corners = np.array([self.project(*point) for point in points]).clip(-16000, 16000)
-        fixed = np.round(corners * 16).astype(np.int32)
+        z = max(sum(point[2] for point in points) / len(points), _NEAR)
+        # Sixteenths of a pixel, kept within what OpenCV's fixed-point arithmetic holds.
+        corners = [self.project(*point) for point in points]
+        fixed = np.array(
+            [[round(16 * min(max(v, -16000), 16000)) for v in xy] for xy in corners], np.int32
+        )
         cv2.fillConvexPoly(self.image, fixed, self.shade(colour, z), cv2.LINE_AA, shift=4)
         cv2.fillConvexPoly(self.label, fixed, (label,), shift=4)
 
@@ -77,7 +87,7 @@ class _Canvas:
     ) -> None:
         """A strip of the street's surface."""
         far_to_near = np.geomspace(z[1], z[0], 7 if z[1] / z[0] > 3 else 2)  # the haze in steps
-        for far, near in zip(far_to_near[:-1], far_to_near[1:], strict=True):
+        for far, near in itertools.pairwise(far_to_near):
             self.polygon(
                 [(x[0], 0, far), (x[1], 0, far), (x[1], 0, near), (x[0], 0, near)], colour, label
             )
@@ -262,17 +272,17 @@ def _sign(canvas: _Canvas, rng: np.random.Generator, x: float, z: float) -> None
                        _TRAFFIC_SIGN)  # fmt: skip
 
 
-def _person(canvas: _Canvas, rng: np.random.Generator, x: float, z: float) -> None:
+def _person(canvas: _Canvas, rng: np.random.Generator, x: float, z: float, ground: int) -> None:
     height = rng.uniform(1.55, 1.9)
     coat, trousers = _pick(rng, _CLOTHES), 0.7 * _pick(rng, _CLOTHES)
     stride = rng.uniform(0.05, 0.25)
-    canvas.disc((x, 0.02, z), (0.4, 0.06), (58, 58, 60), _SIDEWALK)
+    canvas.disc((x, 0.02, z), (0.4, 0.06), (58, 58, 60), ground)
     for foot in (-stride, stride):
         canvas.line((x, 0.5 * height, z), (x + foot, 0.05, z), 0.19, trousers, _PERSON)
     canvas.disc((x, 0.66 * height, z), (0.25, 0.21 * height), coat, _PERSON)
     canvas.disc((x, 0.93 * height, z), (0.12, 0.15), _SKIN, _PERSON)
     if rng.random() < 0.3:
-        canvas.front((x + 0.25, x + 0.5), (0.35, 0.75), z, (120, 84, 50), 5)  # a bag: "dynamic"
+        canvas.front((x + 0.25, x + 0.5), (0.35, 0.75), z, (120, 84, 50), _DYNAMIC)  # a bag
 
 
 def _two_wheeler(canvas: _Canvas, rng: np.random.Generator, x: float, z: float) -> None:
@@ -421,7 +431,7 @@ def render(size: tuple[int, int], rng: np.random.Generator) -> tuple[UInt8Array,
             for _ in range(rng.integers(0, most + 1)):
                 place(draw, side * kerb, distance(6, 30))
         for _ in range(rng.integers(0, 5)):
-            place(_person, side * rng.uniform(road + 0.6, paved - 0.2), distance(5, 30))
+            place(_person, side * rng.uniform(road + 0.6, paved - 0.2), distance(5, 30), _SIDEWALK)
         if lane < road:
             for z in np.arange(rng.uniform(5, 14), 60, 6.0):
                 if rng.random() < 0.6:
@@ -443,7 +453,7 @@ def render(size: tuple[int, int], rng: np.random.Generator) -> tuple[UInt8Array,
             if rng.random() < 0.5:
                 place(_car, centre, ahead + rng.uniform(9, 25))
     if rng.random() < 0.25:
-        place(_person, rng.uniform(-lane, lane), distance(8, 25))
+        place(_person, rng.uniform(-lane, lane), distance(8, 25), _ROAD)
     for z, draw, x, extra in sorted(things, key=lambda thing: -thing[0]):
         draw(canvas, rng, x, z, *extra)
     return _finish(canvas, rng)
