@@ -70,7 +70,8 @@ def remove_temporaries(directory: str | os.PathLike[str]) -> None:
 def rng_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and PyTorch's global generators, as plain values."""
     version, internal, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, cached = legacy
     return {
         "python": [version, list(internal), gauss],
         "numpy": [keys.tolist(), int(position), int(has_gauss), float(cached)],

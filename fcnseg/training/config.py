@@ -211,8 +211,8 @@ class TrainConfig:
             raise ConfigError(f"{name}: expected a number {limits}, got {value!r}")
 
     def _pair(self, name: str, kind: type[int] | type[float]) -> None:
-        value = getattr(self, name)
-        kinds: tuple[type, ...] = (int,) if kind is int else (int, float)
+        value: Any = getattr(self, name)
+        kinds = (int,) if kind is int else (int, float)
         ok = isinstance(value, tuple | list) and len(value) == 2
         ok = ok and all(isinstance(v, kinds) and not isinstance(v, bool) and v > 0 for v in value)
         if not ok or not all(map(math.isfinite, value)):

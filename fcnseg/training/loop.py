@@ -14,17 +14,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 import fcnseg
 from fcnseg import data, models
-from fcnseg.data.transforms import EvalTransform, TrainTransform, worker_init_fn
+from fcnseg.data import EvalTransform, SegmentationDataset, TrainTransform, worker_init_fn
 from fcnseg.metrics import ConfusionMatrix, Scores, scores
 from fcnseg.training import checkpoint, reporting
 from fcnseg.training.config import ConfigError, TrainConfig
@@ -32,19 +32,6 @@ from fcnseg.training.schedule import lr_factor
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SAMPLES = 4  # rows of the picture of predictions
-
-
-class SegmentationDataset(Protocol):
-    """What the loop needs of a data set; see :mod:`fcnseg.data`."""
-
-    classes: tuple[str, ...]
-    num_classes: int
-    palette: np.ndarray
-    ignore_index: int
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
-    def set_epoch(self, epoch: int) -> None: ...
 
 
 @dataclass
@@ -184,7 +171,7 @@ class Trainer:
     """
 
     config: TrainConfig
-    model: nn.Module
+    model: models.FCN
     train_set: SegmentationDataset
     val_set: SegmentationDataset
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -222,7 +209,7 @@ class Trainer:
 
     def _loader(self, dataset: SegmentationDataset, **batching: Any) -> DataLoader[Any]:
         return DataLoader(
-            dataset,  # type: ignore[arg-type]
+            dataset,
             num_workers=self.config.workers,
             worker_init_fn=worker_init_fn,
             pin_memory=self.device.type == "cuda",
@@ -385,7 +372,7 @@ class Trainer:
             target = target.to(self.device, non_blocking=True)
             self.optimizer.zero_grad(set_to_none=True)
             with self._autocast():
-                loss = self.model.loss(  # type: ignore[operator]
+                loss = self.model.loss(
                     images,
                     target,
                     ignore_index=self.train_set.ignore_index,
@@ -480,7 +467,7 @@ class Trainer:
         self.model.eval()
         with torch.no_grad(), self._autocast():
             for images, target in self._loader(self.val_set, batch_size=self.config.val_batch_size):
-                self.model.update_confusion_matrix(  # type: ignore[operator]
+                self.model.update_confusion_matrix(
                     matrix.matrix,
                     self._images(images),
                     target.to(self.device, non_blocking=True),
@@ -509,7 +496,7 @@ class Trainer:
         for index in np.linspace(0, count - 1, min(_SAMPLES, count)).round().astype(int).tolist():
             image, truth = self.val_set[index]
             with torch.no_grad(), self._autocast():
-                prediction = self.model.predict(self._images(image[None]))  # type: ignore[operator]
+                prediction = self.model.predict(self._images(image[None]))
             samples.append(
                 (image.permute(1, 2, 0).numpy(), truth.numpy(), prediction[0].cpu().numpy())
             )
@@ -523,7 +510,7 @@ class Trainer:
         return result
 
 
-def build_model(config: TrainConfig, num_classes: int) -> nn.Module:
+def build_model(config: TrainConfig, num_classes: int) -> models.FCN:
     """The network that ``config`` describes, with initial (not pretrained) weights."""
     make = getattr(models, f"fcn_{config.backbone}")
     return make(
