@@ -38,7 +38,7 @@ _MANIFEST = "synthetic.json"
 _FAR = 90.0  # metres; nothing is drawn beyond
 _NEAR = 2.5
 
-Colour = Sequence[float]
+Colour = Sequence[float] | npt.NDArray[np.float64]
 Point = tuple[float, float, float]
 
 
@@ -123,10 +123,10 @@ class _Canvas:
     def line(self, a: Point, b: Point, width: float, colour: Colour, label: int) -> None:
         """A bar of that width in metres, at least a pixel wide."""
         z = (a[2] + b[2]) / 2
-        ends = [tuple(round(16 * v) for v in self.project(*point)) for point in (a, b)]
+        start, end = ([round(16 * v) for v in self.project(*point)] for point in (a, b))
         thickness = max(1, round(self.pixels(width, z)))
-        cv2.line(self.image, *ends, self.shade(colour, z), thickness, cv2.LINE_AA, 4)
-        cv2.line(self.label, *ends, (label,), thickness, cv2.LINE_8, 4)
+        cv2.line(self.image, start, end, self.shade(colour, z), thickness, cv2.LINE_AA, 4)
+        cv2.line(self.label, start, end, (label,), thickness, cv2.LINE_8, 4)
 
 
 def _vary(rng: np.random.Generator, colour: Colour, amount: float = 18) -> npt.NDArray[np.float64]:
@@ -152,7 +152,7 @@ _SKIN = (205, 160, 130)
 
 
 def _pick(rng: np.random.Generator, colours: Sequence[Colour]) -> npt.NDArray[np.float64]:
-    return _vary(rng, colours[rng.integers(len(colours))])
+    return _vary(rng, colours[int(rng.integers(len(colours)))])
 
 
 def _sky(canvas: _Canvas, rng: np.random.Generator) -> None:
@@ -188,7 +188,7 @@ def _building(
         height = (y + 0.3, y + 2.7) if floor == 0 else (y + 1.0, y + 2.6)
         for start in np.arange(z[0] + gap, z[1] - window, window + gap):
             # Far windows are narrower than a pixel; leave them out.
-            if start > _NEAR and canvas.pixels(x * window / start, start) > 0.7:
+            if start > _NEAR and canvas.pixels(x * window / start, start) > 1.0:
                 tone = glass * rng.uniform(0.7, 1.35)
                 canvas.side(side * x, height, (start, start + window), tone, _BUILDING)
 
@@ -522,12 +522,12 @@ def _finish(canvas: _Canvas, rng: np.random.Generator) -> tuple[UInt8Array, UInt
     cv2.ellipse(image, hood, axes, 0, 0, 360, (34, 36, 40), -1, cv2.LINE_AA)
     cv2.ellipse(image, (hood[0], hood[1] + height // 50), axes, 0, 0, 360, (52, 55, 61), -1)
     cv2.ellipse(label, hood, axes, 0, 0, 360, (_EGO_VEHICLE,), -1)
-    image = cv2.GaussianBlur(image, (3, 3), 0.5 + height / 2000)
+    blurred = cv2.GaussianBlur(image, (3, 3), 0.5 + height / 2000)
     gain = rng.uniform(0.78, 1.15) * np.array([rng.uniform(0.94, 1.06), 1, rng.uniform(0.94, 1.06)])
     # Grain of the surfaces (seen at every size) and of the sensor, in eight bits for speed.
     noise = rng.integers(0, 256, (height, width, 1), np.uint8).astype(np.float32)
     noise = (noise - 127.5) * (rng.uniform(4, 10) / 127.5)
-    lit = image.astype(np.float32) * gain.astype(np.float32) + noise
+    lit = blurred.astype(np.float32) * gain.astype(np.float32) + noise
     image = np.clip(lit, 0, 255).astype(np.uint8)
     margin = max(1, width // 256)
     for edge in (np.s_[:margin], np.s_[:, :margin], np.s_[:, -margin:]):

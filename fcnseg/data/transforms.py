@@ -129,9 +129,10 @@ class TrainTransform:
         )
         window = array[inside[0][0] : inside[0][1], inside[1][0] : inside[1][1]]
         if top or bottom or left or right:
-            window = cv2.copyMakeBorder(
+            padded = cv2.copyMakeBorder(
                 window, top, bottom, left, right, cv2.BORDER_CONSTANT, value=fill
             )
+            window = np.asarray(padded, dtype=np.uint8)
         resized = cv2.resize(window, self.crop[::-1], interpolation=interpolation)
         return np.asarray(resized, dtype=np.uint8)
 
