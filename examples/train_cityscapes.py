@@ -10,7 +10,6 @@ With no --data-root it draws a small data set of street scenes and trains on tha
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -147,16 +146,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def draw_data(root: Path) -> None:
-    """Writes the small data set, in the layout of Cityscapes, unless it is there already."""
-    if root.exists():
-        return
-    partial = root.with_name(f".{root.name}.partial")  # a killed run leaves no half data set
-    shutil.rmtree(partial, ignore_errors=True)
-    write_cityscapes(partial, **DEMO_IMAGES)
-    partial.rename(root)
-
-
 def main() -> int:
     parser = make_parser()
     args = parser.parse_args()
@@ -179,7 +168,7 @@ def main() -> int:
     try:
         settings = TrainConfig(**vars(args))
         if demo:
-            draw_data(args.data_root)
+            write_cityscapes(args.data_root, **DEMO_IMAGES)  # kept if it is there already
         result = train(settings)
     except (ValueError, OSError, CheckpointError, DivergedError) as error:
         # An error from a data worker carries the worker's traceback; its last line says it all.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ class TrainConfig:
         self._pair("scale", float)
         if self.scale[0] > self.scale[1]:
             raise ConfigError(f"scale: expected (low, high) with low <= high, got {self.scale}")
-        if self.device not in ("auto", "cpu") and self.device.partition(":")[0] != "cuda":
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
             raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
 
     @property
