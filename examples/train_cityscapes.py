@@ -18,16 +18,16 @@ from fcnseg.data.synthetic import write_cityscapes
 from fcnseg.training import CheckpointError, DivergedError, TrainConfig, config, train
 
 # The run without --data-root: small enough for two CPU cores, long enough to see it learn.
-DEMO_IMAGES = {"train": 64, "val": 16, "size": (64, 128)}
+DEMO_IMAGES = {"train": 96, "val": 16, "size": (64, 128)}
 DEMO = {
     "crop": (64, 128),
     "scale": (1.0, 1.0),
     "output_stride": 16,
-    "epochs": 8,
-    "batch_size": 8,
-    "lr": 0.02,
+    "epochs": 9,
+    "warmup_epochs": 2.0,
+    "batch_size": 4,
     "workers": 1,
-    "val_interval": 2,
+    "val_interval": 3,
 }
 
 
