@@ -31,7 +31,7 @@ $(VENV)/install.stamp: $(SOURCES) $(VENV)/build.stamp
 	@touch $@
 
 demo: $(VENV)/install.stamp $(VENV)/train.stamp
-	$(BIN)/python examples/train_cityscapes.py --output runs/demo
+	$(BIN)/python examples/train_cityscapes.py
 
 test: $(VENV)/install.stamp $(VENV)/test.stamp
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"

@@ -24,7 +24,6 @@ DEMO = {
     "scale": (1.0, 1.0),
     "output_stride": 16,
     "epochs": 9,
-    "warmup_epochs": 2.0,
     "batch_size": 4,
     "workers": 1,
     "val_interval": 3,
