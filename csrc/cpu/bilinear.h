@@ -5,6 +5,8 @@
 //   2. i0 = min(floor(source), in - 1), i1 = min(i0 + 1, in - 1), lambda = source - i0 (at most 1)
 //   3. z = (1 - lambda) x[i0] + lambda x[i1]
 //
+// With in == out it is the identity, whatever the scale: i1 = i0, lambda = 0.
+//
 // All outputs between two neighbouring inputs form a cell. Cell 0 is the margin before the first
 // input (source < 0 in eq. 1), cell i + 1 lies between inputs i and i + 1, cell `in` is the margin
 // behind the last. In a margin z is constant.
@@ -25,7 +27,9 @@ struct Axis {
   // scale <= 0: the ratio of the sizes.
   Axis(int64_t in, int64_t out, bool align_corners, double scale)
       : in(in), out(out), align_corners(align_corners) {
-    if (align_corners) {
+    if (in == out) {
+      step = 1.0;
+    } else if (align_corners) {
       step = out > 1 ? static_cast<double>(in - 1) / static_cast<double>(out - 1) : 0.0;
     } else {
       step = scale > 0 ? 1.0 / scale : static_cast<double>(in) / static_cast<double>(out);
@@ -42,7 +46,7 @@ struct Axis {
     const double clamped = exact < 0 ? 0 : exact;
     Source s;
     s.i0 = std::min(static_cast<int64_t>(clamped), in - 1);
-    s.i1 = std::min(s.i0 + 1, in - 1);
+    s.i1 = in == out ? s.i0 : std::min(s.i0 + 1, in - 1);
     s.lambda = std::min(clamped - static_cast<double>(s.i0), 1.0);
     s.cell = exact < 0 ? 0 : s.i0 + 1;
     return s;

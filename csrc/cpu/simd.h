@@ -64,6 +64,12 @@ FCNSEG_INLINE Float exponent(Float x) { return _mm512_getexp_ps(x); }
 FCNSEG_INLINE Float mantissa(Float x) {
   return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
 }
+// Where z > best, takes z and c.
+FCNSEG_INLINE void keep_greater(Float z, Int c, Float& best, Int& id) {
+  const __mmask16 greater = _mm512_cmp_ps_mask(z, best, _CMP_GT_OQ);
+  best = _mm512_max_ps(z, best);
+  id = (Int)_mm512_mask_mov_epi32((__m512i)id, greater, (__m512i)c);
+}
 FCNSEG_INLINE bool any(Int mask) {
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 }
@@ -112,6 +118,11 @@ FCNSEG_INLINE uint32_t nonzero_bits(Int v) {
 FCNSEG_INLINE bool any(Int mask) { return nonzero_bits(mask) != 0; }
 #endif
 
+FCNSEG_INLINE void keep_greater(Float z, Int c, Float& best, Int& id) {
+  const Int greater = z > best;
+  best = vmax(z, best);
+  id = (greater & c) | (~greater & id);
+}
 FCNSEG_INLINE Float reciprocal(Float x) { return 1.f / x; }
 FCNSEG_INLINE Float exponent(Float x) { return to_float((bits(x) >> 23) - 127); }
 FCNSEG_INLINE Float mantissa(Float x) {

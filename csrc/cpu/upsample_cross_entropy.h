@@ -2,17 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 #include "logits.h"
+#include "parallel.h"
 
 namespace fcnseg {
 
 enum class Reduction { kNone, kMean, kSum };
-
-// Calls the function on disjoint ranges that cover [0, end), possibly from several threads.
-using ParallelFor =
-    std::function<void(int64_t end, const std::function<void(int64_t begin, int64_t end)>&)>;
 
 struct UpsampleCrossEntropy {
   Logits logits;

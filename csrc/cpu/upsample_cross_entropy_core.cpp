@@ -15,7 +15,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -24,6 +23,7 @@
 #endif
 
 #include "bilinear.h"
+#include "buffer.h"
 #include "cpu_capability.h"
 #include "upsample_cross_entropy.h"
 #include "upsample_cross_entropy_rows.h"
@@ -42,25 +42,6 @@ RowKernel row_kernel(Capability capability) {
 #endif
   return portable::cross_entropy::kernel("default");
 }
-
-// Zeroed memory, aligned for any vector.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : memory_(size == 0 ? nullptr : std::calloc(size * sizeof(T) + 64, 1)) {
-    if (size != 0 && memory_ == nullptr) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(memory_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* data() const {
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t{63});
-  }
-
- private:
-  void* memory_;
-};
 
 constexpr int kItemsPerImage = 16;
 
@@ -366,7 +347,7 @@ class Worker {
     const int64_t C = plan_.C;
     const Axis::Source sy = plan_.rows.source(y);
     const double* top = exact_row(0).data();
-    const double* bottom = exact_row(1).data();
+    const double* bottom = sy.i1 == sy.i0 ? top : exact_row(1).data();
     std::vector<double>& z = pixel_;
     z.resize(2 * C);
     double* const probability = z.data() + C;
@@ -404,7 +385,7 @@ class Worker {
       const double upstream =
           p_.upstream != nullptr ? static_cast<double>(upstream_.data()[r * label_pitch_ + x]) : 1;
       double* const top_gradient = exact_gradient_[0].data();
-      double* const bottom_gradient = exact_gradient_[margin ? 0 : 1].data();
+      double* const bottom_gradient = exact_gradient_[margin || sy.i1 == sy.i0 ? 0 : 1].data();
       for (int64_t c = 0; c < C; ++c) {
         double d = plan_.softmax_weight[label] * (probability[c] / total);
         if (valid) d -= plan_.smoothing_weight[c];
