@@ -1,0 +1,32 @@
+// upsample_argmax on the CPU, on plain pointers: rows of labels go to a sink, which writes them
+// (upsample_argmax.cpp) or counts them (upsample_confusion_matrix.cpp). No torch headers.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "logits.h"
+#include "parallel.h"
+
+namespace fcnseg {
+
+struct UpsampleArgmax {
+  Logits logits;
+  int64_t H, W;
+  bool align_corners;
+  double scale_h, scale_w;  // 0: the ratio of the sizes
+};
+
+// Used by one thread at a time. Takes `labels` [W] of the output row (n, y).
+class LabelSink {
+ public:
+  virtual ~LabelSink() = default;
+  virtual void take_row(int64_t n, int64_t y, const int32_t* labels) = 0;
+};
+
+// `make_sink` is called once per range of work, possibly from several threads.
+void upsample_argmax(const UpsampleArgmax& problem, const ParallelFor& parallel_for,
+                     const std::function<std::unique_ptr<LabelSink>()>& make_sink);
+
+}  // namespace fcnseg
