@@ -220,9 +220,9 @@ def _conv_transpose_adjoint(
             groups,
             list(compute_grad),
         )
-    empty = dz.new_empty(0)
+    # An empty tensor each: an operator's outputs may not alias.
     first, second, third = (
-        gradient if wanted else empty
+        gradient if wanted else dz.new_empty(0)
         for gradient, wanted in zip(gradients, compute_grad, strict=True)
     )
     return first, second, third
