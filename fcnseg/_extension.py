@@ -45,9 +45,8 @@ if missing_reason is not None:
     )
 
 
-def has_kernel(backend: str, name: str) -> bool:
-    """Whether the compiled library holds ``fcnseg_BACKEND::NAME`` (backend: "cpu" or "cuda")."""
-    return missing_reason is None and hasattr(getattr(torch.ops, f"fcnseg_{backend}"), name)
+def _cpu_capability() -> str | None:
+    return None if missing_reason is not None else torch.ops.fcnseg_cpu.cpu_capability()
 
 
 def build_info() -> dict[str, Any]:
@@ -56,8 +55,10 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dictionary: ``version``; ``torch`` (running) and ``built`` (None where nothing was
         compiled, else compiler, torch, CUDA version, CUDA architectures); ``missing_reason``;
-        ``operators``: for each operator the implementation behind ``cpu`` and ``cuda`` tensors,
-        ``"c++"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (pure PyTorch, slow).
+        ``cpu_capability``, the instruction set that the CPU operators use (avx512, avx2 or
+        default; the environment variable FCNSEG_CPU_CAPABILITY forces one); ``operators``: for
+        each operator the implementation behind ``cpu`` and ``cuda`` tensors, ``"c++"``,
+        ``"cuda"``, ``"triton"`` or ``"reference"`` (pure PyTorch, slow).
 
     Example:
         >>> import fcnseg
@@ -76,5 +77,6 @@ def build_info() -> dict[str, Any]:
         "torch": torch.__version__,
         "built": built,
         "missing_reason": missing_reason,
+        "cpu_capability": _cpu_capability(),
         "operators": _ops.implementations(),
     }

@@ -82,12 +82,19 @@ def implementations() -> dict[str, dict[str, str]]:
 
 
 def _register(
-    name: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], cpu_kind: str = "reference"
+    name: str,
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    compiled: Callable[..., Any] | None = None,
 ) -> None:
-    _library.impl(name, cpu, "CPU")
+    """Register ``compiled`` for CPU tensors where the extension is loaded, else ``cpu``."""
+    use_compiled = compiled is not None and _extension.missing_reason is None
+    _library.impl(name, compiled if use_compiled else cpu, "CPU")
     _library.impl(name, cuda, "CUDA")
     if "backward" not in name and name != "scale_gradient":
-        _implementations[name] = {"cpu": cpu_kind, "cuda": "reference"}
+        _implementations[name] = {"cpu": "c++" if use_compiled else "reference"}
+        _implementations[name]["cuda"] = "reference"
 
 
 def _with_strides_of(gradient: Tensor, tensor: Tensor) -> Tensor:
@@ -120,6 +127,26 @@ def _upsample_cross_entropy_cuda(
     result = _upsample_cross_entropy(logits, target, weight, ignore_index, *args)
     _record_bad_labels(target, _labels.bad_mask(target, logits.shape[1], ignore_index))
     return result
+
+
+def _upsample_cross_entropy_compiled(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    loss, gradient, bad_label = torch.ops.fcnseg_cpu.upsample_cross_entropy(logits, *args)
+    _raise_reported("target", bad_label, logits.shape[1])
+    return loss, _with_strides_of(gradient, logits)
+
+
+def _upsample_cross_entropy_backward_compiled(
+    grad_output: Tensor, logits: Tensor, *args: Any
+) -> Tensor:
+    gradient = torch.ops.fcnseg_cpu.upsample_cross_entropy_backward(grad_output, logits, *args)
+    return _with_strides_of(gradient, logits)
+
+
+def _raise_reported(name: str, bad_label: Tensor, num_classes: int) -> None:
+    """IndexError where a compiled operator's report (count, value, n, y, x) counts bad labels."""
+    count, value, *position = bad_label.tolist()
+    if count:
+        raise IndexError(_labels.error_message(name, count, value, position, num_classes))
 
 
 def _upsample_cross_entropy_backward(grad_output: Tensor, logits: Tensor, *args: Any) -> Tensor:
@@ -195,10 +222,14 @@ def _record_bad_labels(labels: Tensor, bad: Tensor) -> None:
 
 
 _register(
-    "upsample_cross_entropy", cpu=_upsample_cross_entropy_cpu, cuda=_upsample_cross_entropy_cuda
+    "upsample_cross_entropy",
+    compiled=_upsample_cross_entropy_compiled,
+    cpu=_upsample_cross_entropy_cpu,
+    cuda=_upsample_cross_entropy_cuda,
 )
 _register(
     "upsample_cross_entropy_backward",
+    compiled=_upsample_cross_entropy_backward_compiled,
     cpu=_upsample_cross_entropy_backward,
     cuda=_upsample_cross_entropy_backward,
 )
@@ -226,7 +257,26 @@ def _conv_transpose_argmax(*args: Any) -> Tensor:
     return reference.conv_transpose_argmax(*args).contiguous()
 
 
-_register("upsample_argmax", cpu=_upsample_argmax, cuda=_upsample_argmax)
+def _upsample_argmax_compiled(
+    logits: Tensor,
+    size: Sequence[int],
+    align_corners: bool,
+    scale_h: float | None,
+    scale_w: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    labels = torch.ops.fcnseg_cpu.upsample_argmax(
+        logits, *size, align_corners, scale_h, scale_w, dtype == torch.uint8
+    )
+    return labels.to(dtype)
+
+
+_register(
+    "upsample_argmax",
+    compiled=_upsample_argmax_compiled,
+    cpu=_upsample_argmax,
+    cuda=_upsample_argmax,
+)
 _register("conv_transpose_argmax", cpu=_conv_transpose_argmax, cuda=_conv_transpose_argmax)
 
 
@@ -240,7 +290,7 @@ def _confusion_matrix_compiled(
     ignore_index: int,
     invalid: Tensor | None = None,
 ) -> None:
-    counts = matrix if matrix.is_contiguous() else torch.zeros_like(matrix).contiguous()
+    counts = matrix if matrix.is_contiguous() else matrix.new_zeros(matrix.shape)
     report = torch.ops.fcnseg_cpu.confusion_matrix_(counts, prediction, target, ignore_index)
     count, flat, value, in_prediction = report.tolist()
     if count:
@@ -251,7 +301,7 @@ def _confusion_matrix_compiled(
         matrix.add_(counts)
 
 
-def _confusion_matrix_reference_cpu(
+def _confusion_matrix_cpu(
     matrix: Tensor,
     prediction: Tensor,
     target: Tensor,
@@ -338,26 +388,46 @@ def _upsample_confusion_matrix_fake(logits: Tensor, target: Tensor, *args: Any) 
     return logits.new_empty((logits.shape[1], logits.shape[1]), dtype=torch.int64)
 
 
-_compiled = _extension.has_kernel("cpu", "confusion_matrix_")
-_confusion_matrix_cpu = _confusion_matrix_compiled if _compiled else _confusion_matrix_reference_cpu
-_kind = "c++" if _compiled else "reference"
+def _upsample_confusion_matrix_compiled(
+    matrix: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    align_corners: bool,
+    scale_h: float | None,
+    scale_w: float | None,
+    invalid: Tensor | None = None,
+) -> None:
+    counts = matrix if matrix.is_contiguous() else matrix.new_zeros(matrix.shape)
+    bad_label = torch.ops.fcnseg_cpu.upsample_confusion_matrix(
+        counts, logits, target, ignore_index, align_corners, scale_h, scale_w
+    )
+    _raise_reported("target", bad_label, matrix.shape[0])
+    if counts is not matrix:
+        matrix.add_(counts)
+
 
 _register(
-    "confusion_matrix_", cpu=_confusion_matrix_cpu, cuda=_confusion_matrix_cuda, cpu_kind=_kind
+    "confusion_matrix_",
+    compiled=_confusion_matrix_compiled,
+    cpu=_confusion_matrix_cpu,
+    cuda=_confusion_matrix_cuda,
 )
 _register(
     "confusion_matrix",
+    compiled=_from_zeros(_confusion_matrix_compiled),
     cpu=_from_zeros(_confusion_matrix_cpu),
     cuda=_from_zeros(_confusion_matrix_cuda),
-    cpu_kind=_kind,
 )
 _register(
     "upsample_confusion_matrix_",
+    compiled=_upsample_confusion_matrix_compiled,
     cpu=_through_labels(_confusion_matrix_cpu),
     cuda=_through_labels(_confusion_matrix_cuda),
 )
 _register(
     "upsample_confusion_matrix",
+    compiled=_upsample_from_zeros(_upsample_confusion_matrix_compiled),
     cpu=_upsample_from_zeros(_through_labels(_confusion_matrix_cpu)),
     cuda=_upsample_from_zeros(_through_labels(_confusion_matrix_cuda)),
 )
