@@ -70,18 +70,18 @@ struct Axis {
 struct Columns {
   int64_t w;
   int64_t W;
-  int lanes;                         // in a vector
+  int lanes;  // in a vector
   int64_t vectors;
-  std::vector<int32_t> phases;       // [vectors]
-  std::vector<int64_t> offset;       // [vectors] of the tables' first row
-  std::vector<int32_t> pixel;        // [sum of phases][lanes] output column, W where there is none
-  std::vector<float> lambda;         // [sum of phases][lanes]
-  std::vector<float> present;        // [sum of phases][lanes] 1 or 0
-  std::vector<uint8_t> full;         // [sum of phases] all lanes present
-  std::vector<float> step;           // [vectors * lanes] of lambda from phase to phase
-  std::vector<int32_t> first;        // [vectors * lanes] first output column
-  std::vector<int32_t> count;        // [vectors * lanes] outputs in the cell
-  int32_t right_margin = 0;          // outputs behind the last column
+  std::vector<int32_t> phases;  // [vectors]
+  std::vector<int64_t> offset;  // [vectors] of the tables' first row
+  std::vector<int32_t> pixel;   // [sum of phases][lanes] output column, W where there is none
+  std::vector<float> lambda;    // [sum of phases][lanes]
+  std::vector<float> present;   // [sum of phases][lanes] 1 or 0
+  std::vector<uint8_t> full;    // [sum of phases] all lanes present
+  std::vector<float> step;      // [vectors * lanes] of lambda from phase to phase
+  std::vector<int32_t> first;   // [vectors * lanes] first output column
+  std::vector<int32_t> count;   // [vectors * lanes] outputs in the cell
+  int32_t right_margin = 0;     // outputs behind the last column
 
   Columns(const Axis& axis, int lanes)
       : w(axis.in), W(axis.out), lanes(lanes), vectors((axis.in + lanes - 1) / lanes) {

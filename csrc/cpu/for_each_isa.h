@@ -6,16 +6,18 @@
 // everything inside its namespace. No include guard: one translation unit may compile several.
 
 #if defined(__clang__)
-#define FCNSEG_BEGIN_AVX512                                                          \
-  _Pragma(                                                                           \
-      "clang attribute push(__attribute__((target(\"avx512f,avx512dq,avx512bw,avx512vl,avx2,fma\"))), apply_to=function)")
+#define FCNSEG_BEGIN_AVX512                                                             \
+  _Pragma(                                                                              \
+      "clang attribute "                                                                \
+      "push(__attribute__((target(\"avx512f,avx512dq,avx512bw,avx512vl,avx2,fma\"))), " \
+      "apply_to=function)")
 #define FCNSEG_BEGIN_AVX2 \
   _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to=function)")
 #define FCNSEG_END _Pragma("clang attribute pop")
 #else
-#define FCNSEG_BEGIN_AVX512      \
-  _Pragma("GCC push_options")    \
-  _Pragma("GCC target(\"avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512\")")
+#define FCNSEG_BEGIN_AVX512            \
+  _Pragma("GCC push_options") _Pragma( \
+      "GCC target(\"avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512\")")
 #define FCNSEG_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
 #define FCNSEG_END _Pragma("GCC pop_options")
 #endif

@@ -125,9 +125,7 @@ FCNSEG_INLINE void keep_greater(Float z, Int c, Float& best, Int& id) {
 }
 FCNSEG_INLINE Float reciprocal(Float x) { return 1.f / x; }
 FCNSEG_INLINE Float exponent(Float x) { return to_float((bits(x) >> 23) - 127); }
-FCNSEG_INLINE Float mantissa(Float x) {
-  return from_bits((bits(x) & 0x007fffff) | 0x3f800000);
-}
+FCNSEG_INLINE Float mantissa(Float x) { return from_bits((bits(x) & 0x007fffff) | 0x3f800000); }
 
 #endif
 

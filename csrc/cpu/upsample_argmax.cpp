@@ -25,16 +25,15 @@ class LabelWriter : public LabelSink {
 template <typename Label>
 void write_labels(const UpsampleArgmax& problem, Tensor& out) {
   Label* const data = static_cast<Label*>(out.mutable_data_ptr());
-  upsample_argmax(problem, &parallel_for, [&] {
-    return std::make_unique<LabelWriter<Label>>(data, problem.H, problem.W);
-  });
+  upsample_argmax(problem, &parallel_for,
+                  [&] { return std::make_unique<LabelWriter<Label>>(data, problem.H, problem.W); });
 }
 
 Tensor upsample_argmax_cpu(Tensor logits, int64_t H, int64_t W, bool align_corners,
                            std::optional<double> scale_h, std::optional<double> scale_w,
                            bool uint8_output) {
-  const UpsampleArgmax problem{logits_of(logits),     H, W, align_corners,
-                               scale_h.value_or(0.0), scale_w.value_or(0.0)};
+  const UpsampleArgmax problem{logits_of(logits),    H, W, align_corners, scale_h.value_or(0.0),
+                               scale_w.value_or(0.0)};
   STD_TORCH_CHECK(logits.size(1) > 0, "logits must have at least one class");
   Tensor out = torch::stable::new_empty(logits, {logits.size(0), H, W},
                                         uint8_output ? ScalarType::Byte : ScalarType::Long);

@@ -1,8 +1,8 @@
 // The schedule of upsample_argmax. A work item is a band of one image: all output rows between two
 // neighbouring source rows. Per thread, two source rows and up to eight rows of labels are held.
 //
-// Bands with a row that is not finite, and float64 logits, go pixel by pixel in double, with eager's
-// order of operations and torch.argmax's rule: NaN is greatest, the first one wins.
+// Bands with a row that is not finite, and float64 logits, go pixel by pixel in double, with
+// eager's order of operations and torch.argmax's rule: NaN is greatest, the first one wins.
 
 #include <cmath>
 #include <vector>

@@ -106,14 +106,30 @@ inline void process_vector(const ArgmaxRows& g, int64_t v) {
 inline void process(const ArgmaxRows& g) {
   for (int64_t v = 0; v < g.vectors; ++v) {
     switch (g.rows) {
-      case 1: process_vector<1>(g, v); break;
-      case 2: process_vector<2>(g, v); break;
-      case 3: process_vector<3>(g, v); break;
-      case 4: process_vector<4>(g, v); break;
-      case 5: process_vector<5>(g, v); break;
-      case 6: process_vector<6>(g, v); break;
-      case 7: process_vector<7>(g, v); break;
-      default: process_vector<8>(g, v); break;
+      case 1:
+        process_vector<1>(g, v);
+        break;
+      case 2:
+        process_vector<2>(g, v);
+        break;
+      case 3:
+        process_vector<3>(g, v);
+        break;
+      case 4:
+        process_vector<4>(g, v);
+        break;
+      case 5:
+        process_vector<5>(g, v);
+        break;
+      case 6:
+        process_vector<6>(g, v);
+        break;
+      case 7:
+        process_vector<7>(g, v);
+        break;
+      default:
+        process_vector<8>(g, v);
+        break;
     }
   }
 }

@@ -2,8 +2,8 @@
 // the target as they come; neither logits nor labels of the output's size exist.
 //
 // Every range of work counts into a table of its own; the tables, which hold integers, are added at
-// the end, and only where no target label is bad. Returns int64 [5] = (count, value, n, y, x) of the
-// bad labels.
+// the end, and only where no target label is bad. Returns int64 [5] = (count, value, n, y, x) of
+// the bad labels.
 
 #include <mutex>
 #include <tuple>

@@ -90,8 +90,9 @@ std::tuple<Tensor, Tensor, Tensor> upsample_cross_entropy_cpu(
   Tensor gradient = with_gradient ? empty_gradient(logits)
                                   : torch::stable::new_empty(logits, {0}, real_of(logits));
   if (with_gradient) set_gradient(problem, gradient);
-  const BadLabel bad = run(problem, logits, target,
-                           {weight, ignore_index, label_smoothing, align_corners, scale_h, scale_w});
+  const BadLabel bad =
+      run(problem, logits, target,
+          {weight, ignore_index, label_smoothing, align_corners, scale_h, scale_w});
   return {loss, gradient, report_of(bad, logits)};
 }
 

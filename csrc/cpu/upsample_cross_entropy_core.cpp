@@ -285,8 +285,8 @@ class Worker {
       }
       if (p_.upstream != nullptr) {
         Real* upstream = upstream_.data() + r * label_pitch_;
-        const Real* in = static_cast<const Real*>(p_.upstream) + n_ * p_.upstream_n +
-                         (y + r) * p_.upstream_h;
+        const Real* in =
+            static_cast<const Real*>(p_.upstream) + n_ * p_.upstream_n + (y + r) * p_.upstream_h;
         for (int64_t x = 0; x < plan_.W; ++x) {
           upstream[x] = out[x] == plan_.C ? Real{0} : in[x * p_.upstream_w];
         }
@@ -461,8 +461,7 @@ void finish_image(const Plan& plan, int64_t n, const Real* halos, double scale) 
   Real* const gradient = static_cast<Real*>(p.gradient);
   for (int64_t part = 1; part < plan.items_per_image; ++part) {
     const Real* halo = halos + (n * plan.items_per_image + part) * plan.C * plan.w;
-    Real* out =
-        gradient + n * p.gradient_n + (part * plan.bands_per_item - 1) * p.gradient_h;
+    Real* out = gradient + n * p.gradient_n + (part * plan.bands_per_item - 1) * p.gradient_h;
     for (int64_t c = 0; c < plan.C; ++c) {
       for (int64_t j = 0; j < plan.w; ++j) {
         out[c * p.gradient_c + j * p.gradient_w] += halo[c * plan.w + j];

@@ -11,7 +11,8 @@
 //   4. gradient moments over a tile's pixels, i_r = alpha_r / s_r:
 //        A = sum e P(q),  P(q) = sum_r i_r q^r;    B = sum r-weighted = e q P'(q)
 //      both by one Horner scheme; the same two weighted with x. No probability is stored.
-//   5. one-hot moments of the labels n, sum x, sum r, sum x r per class: the sum of target logits is
+//   5. one-hot moments of the labels n, sum x, sum r, sum x r per class: the sum of target logits
+//   is
 //      their inner product with the corners, and they are subtracted from eq. 4.
 //   6. adjoint: with S, X, Y, XY the sums of 1, x, y, x y:
 //        g00 = S - X - Y + XY, g01 = X - XY, g10 = Y - XY, g11 = XY
@@ -20,8 +21,8 @@
 // L cells x up to kMaxPhases columns x R rows.
 //
 // Numerics. Logits are shifted by each source pixel's maximum; interpolated, this is an upper bound
-// of the pixel's maximum (convexity), so no maximum pass is needed while the tile's log2 range is at
-// most kGeometricRange: the powers of eq. 4 then stay inside the float range. Beyond it `direct`
+// of the pixel's maximum (convexity), so no maximum pass is needed while the tile's log2 range is
+// at most kGeometricRange: the powers of eq. 4 then stay inside the float range. Beyond it `direct`
 // computes every exponential against the pixel's true maximum. Progressions over columns restart
 // every kRestart phases, which bounds the error of u and v. One-hot moments are counted in four
 // 16-bit fields; kMaxRows x kMaxPhases pixels cannot overflow them.
@@ -96,14 +97,14 @@ inline int64_t read_labels(const Label* labels, int64_t W, int64_t C, int64_t ig
 
 struct Tile {
   RowGroup& g;
-  int64_t v;        // vector
-  int64_t base;     // its first lane
-  int k0, K;        // phases
+  int64_t v;            // vector
+  int64_t base;         // its first lane
+  int k0, K;            // phases
   const float* lambda;  // [K][L]
   Float y, dy;
-  int jump;         // phase, from k0 on, where the last lane leaps to the left margin; or -1
-  bool plain;       // every pixel weighs `present`
-  Float log_sum;    // sum of alpha log2 s
+  int jump;       // phase, from k0 on, where the last lane leaps to the left margin; or -1
+  bool plain;     // every pixel weighs `present`
+  Float log_sum;  // sum of alpha log2 s
 
   const float* corner(int64_t c, int field) const {
     return g.corners + c * kRecord + field * kField;
@@ -369,9 +370,8 @@ inline void load_alpha(const Tile& t) {
     const Int x = load_int(pixel);
     for (int r = 0; r < g.rows; ++r, out += kLanes) {
       const Int label = gather_int(g.labels + r * g.label_pitch, x);
-      Float alpha = g.softmax_weight != nullptr
-                        ? gather(g.softmax_weight, label)
-                        : select(label == none, splat(0.f), splat(1.f));
+      Float alpha = g.softmax_weight != nullptr ? gather(g.softmax_weight, label)
+                                                : select(label == none, splat(0.f), splat(1.f));
       if (g.upstream != nullptr) alpha = alpha * gather(g.upstream + r * g.label_pitch, x);
       store(out, alpha);
     }
@@ -593,9 +593,9 @@ inline void write_losses(const Tile& t, int k, const Float* smoothed, const Floa
     const Float y = t.y + float(r) * t.dy;
     const Int label = gather_int(g.labels + r * g.label_pitch, columns);
     const Int at = label * kRecord + lane;
-    Float target = interpolate(gather(g.corners, at), gather(g.corners + kField, at),
-                               gather(g.corners + 2 * kField, at),
-                               gather(g.corners + 3 * kField, at), y);
+    Float target =
+        interpolate(gather(g.corners, at), gather(g.corners + kField, at),
+                    gather(g.corners + 2 * kField, at), gather(g.corners + 3 * kField, at), y);
     Float log_s = log2(s[r]);
     if (shift != nullptr) log_s += shift[r];
     if (g.softmax_weight != nullptr) {
@@ -659,10 +659,10 @@ inline void geometric_tile(Tile& t, const Float* smoothed) {
   int advance = 0;
   for (int k = 0; k < t.K;) {
     if (!progressive || k == t.jump || done >= kRestart) done = 0;
-    const int phases = kPhasesPerPass == 2 && progressive && k + 1 < t.K && k + 1 != t.jump &&
-                               done + 2 <= kRestart
-                           ? 2
-                           : 1;
+    const int phases =
+        kPhasesPerPass == 2 && progressive && k + 1 < t.K && k + 1 != t.jump && done + 2 <= kRestart
+            ? 2
+            : 1;
     const int lag = done == 0 ? 0 : advance;
     if constexpr (kPhasesPerPass == 2) {
       if (phases == 2) {
@@ -754,21 +754,34 @@ inline void process_rows(RowGroup& g) {
 inline void process(RowGroup& g) {
   if (g.loss_map == nullptr && g.upstream == nullptr) find_label_edges(g);
   switch (g.rows) {
-    case 1: return process_rows<1>(g);
-    case 2: return process_rows<2>(g);
-    case 3: return process_rows<3>(g);
-    case 4: return process_rows<4>(g);
-    case 5: return process_rows<5>(g);
-    case 6: return process_rows<6>(g);
-    case 7: return process_rows<7>(g);
-    default: return process_rows<8>(g);
+    case 1:
+      return process_rows<1>(g);
+    case 2:
+      return process_rows<2>(g);
+    case 3:
+      return process_rows<3>(g);
+    case 4:
+      return process_rows<4>(g);
+    case 5:
+      return process_rows<5>(g);
+    case 6:
+      return process_rows<6>(g);
+    case 7:
+      return process_rows<7>(g);
+    default:
+      return process_rows<8>(g);
   }
 }
 
 #undef FCNSEG_UNROLL
 
 inline RowKernel kernel(const char* name) {
-  return {name,     kLanes, &shift_row, &process, &read_labels<uint8_t>, &read_labels<int32_t>,
+  return {name,
+          kLanes,
+          &shift_row,
+          &process,
+          &read_labels<uint8_t>,
+          &read_labels<int32_t>,
           &read_labels<int64_t>};
 }
 

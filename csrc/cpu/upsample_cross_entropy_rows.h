@@ -50,29 +50,29 @@ struct RowGroup {
   const int32_t* labels;
   const float* upstream;  // [R][label_pitch], 0 where ignored; null: 1
 
-  const float* softmax_weight;   // [C + 1], (1 - e) w_y + (e / C) sum w; null: 1
-  const float* one_hot_weight;   // [C + 1], (1 - e) w_y; null: 1
+  const float* softmax_weight;    // [C + 1], (1 - e) w_y + (e / C) sum w; null: 1
+  const float* one_hot_weight;    // [C + 1], (1 - e) w_y; null: 1
   const float* smoothing_weight;  // [C], (e / C) w_c; null: no smoothing
-  const float* class_weight;     // [C], w_c; null: 1
+  const float* class_weight;      // [C], w_c; null: 1
   bool gradient;
   float* loss_map;  // [R][W]: wanted instead of sums; null otherwise
   int64_t loss_map_pitch;
 
   // scratch, each 64-byte aligned; L lanes
-  float* corners;      // [C + 1][4][L], zero in the last class
-  float* progress;     // [C][4][L]
-  float* moments;      // [C][4][L]
-  float* exponentials;  // [C][8][L]
-  uint64_t* one_hot;   // [C + 1][L], zero
+  float* corners;           // [C + 1][4][L], zero in the last class
+  float* progress;          // [C][4][L]
+  float* moments;           // [C][4][L]
+  float* exponentials;      // [C][8][L]
+  uint64_t* one_hot;        // [C + 1][L], zero
   float* weighted_one_hot;  // [C + 1][L][4], zero; used with upstream
-  float* alpha;        // [kMaxPhases][8][L]
-  uint8_t* vertical;   // bit x: not all rows have the same label in column x
-  uint8_t* horizontal;  // bit x: some row's labels differ between columns x and x + 1
-  uint8_t* ignored;    // bit x: some row's label is ignored
+  float* alpha;             // [kMaxPhases][8][L]
+  uint8_t* vertical;        // bit x: not all rows have the same label in column x
+  uint8_t* horizontal;      // bit x: some row's labels differ between columns x and x + 1
+  uint8_t* ignored;         // bit x: some row's label is ignored
 
   // sums over all calls
-  double loss;          // in log2 units
-  double weight;        // of class_weight over valid pixels
+  double loss;    // in log2 units
+  double weight;  // of class_weight over valid pixels
   int64_t valid;
   int64_t tiles;
   int64_t direct_tiles;
