@@ -32,8 +32,12 @@ def tensor(name: str, value: Any, dim: int, shape: str, dtypes: Sequence[torch.d
 
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
     """An int or a pair of ints, each at least ``minimum``, as a pair."""
-    values = (value, value) if isinstance(value, int | torch.SymInt) else tuple(value)
-    if len(values) != 2 or not all(isinstance(v, int | torch.SymInt) for v in values):
+    values = (value, value) if isinstance(value, int | torch.SymInt) else value
+    if not (
+        isinstance(values, tuple | list)
+        and len(values) == 2
+        and all(isinstance(v, int | torch.SymInt) and not isinstance(v, bool) for v in values)
+    ):
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
     if values[0] < minimum or values[1] < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
@@ -96,6 +100,8 @@ def loss_options(ignore_index: int, reduction: str, label_smoothing: float) -> N
     ignored(ignore_index)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, int | float):
+        raise TypeError(f"label_smoothing must be a number, got {type(label_smoothing).__name__}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
 
@@ -116,8 +122,12 @@ def scales(
         return None, None
     if isinstance(scale_factor, int | float):
         scale_factor = (scale_factor, scale_factor)
-    values = tuple(scale_factor)
-    if len(values) != 2 or not all(isinstance(v, int | float) for v in values):
+    values = scale_factor
+    if not (
+        isinstance(values, tuple | list)
+        and len(values) == 2
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    ):
         raise TypeError(f"scale_factor must be a number or a pair of numbers, got {scale_factor!r}")
     for axis, scale, small, large in zip("HW", values, in_size, out_size, strict=True):
         if not (math.isfinite(scale) and scale > 0):
