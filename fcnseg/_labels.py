@@ -73,10 +73,12 @@ def device_record(device: torch.device) -> Tensor:
 def add_to_record(record: Tensor, labels: Tensor, bad: Tensor) -> None:
     """Count ``bad`` and keep the first one's value and position, without synchronising.
 
-    ``labels`` and ``bad`` have up to three dimensions, read as (n, y, x).
+    The position is (n, y, x); more than three dimensions are flattened into n, y, x from the left.
     """
     if labels.numel() == 0:
         return
+    if labels.dim() > 3:
+        labels, bad = labels.flatten(0, -3), bad.flatten(0, -3)
     count = bad.sum()
     flat = bad.flatten().to(torch.uint8).argmax()
     value = labels.flatten()[flat].to(torch.int64)
@@ -109,7 +111,7 @@ def check_labels() -> None:
         count, value, *position = record.tolist()
         if count:
             record.zero_()
-            message = error_message("target", count, value, position, None)
+            message = error_message("target or prediction", count, value, position, None)
             raise IndexError(f"on {device}: {message}")
 
 

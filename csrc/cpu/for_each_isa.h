@@ -5,6 +5,12 @@
 // with wider instructions, could be the copy that the linker keeps for everybody) and must keep
 // everything inside its namespace. No include guard: one translation unit may compile several.
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own AVX-512 header starts some intrinsics from an undefined register, and is warned of it.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
 #if defined(__clang__)
 #define FCNSEG_BEGIN_AVX512                                                             \
   _Pragma(                                                                              \
