@@ -499,7 +499,8 @@ def _autocast(
     dtype = torch.get_autocast_dtype(input.device.type)
 
     def cast(tensor: Tensor) -> Tensor:
-        # As autocast: double precision stays.
-        return tensor.to(dtype) if tensor.dtype in _checks.LOGITS_DTYPES[:3] else tensor
+        # As autocast: double precision stays. What is no tensor is for the checks to refuse.
+        lower = isinstance(tensor, Tensor) and tensor.dtype in _checks.LOGITS_DTYPES[:3]
+        return tensor.to(dtype) if lower else tensor
 
     return cast(input), cast(weight), None if bias is None else cast(bias)
