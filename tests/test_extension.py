@@ -120,7 +120,9 @@ print(*(set(sys.modules) - before))
 
 def test_build_info_names_what_runs() -> None:
     info = fcnseg.build_info()
-    assert set(info) == {"version", "torch", "built", "missing_reason", "operators"}
+    assert set(info) == {
+        *("version", "torch", "built", "missing_reason", "cpu_capability", "operators")
+    }
     assert info["version"] == fcnseg.__version__
     assert info["torch"] == torch.__version__
     assert set(info["operators"]) == {

@@ -73,8 +73,8 @@ struct Plan {
         columns_axis(w, W, p.align_corners, p.scale_w),
         columns(columns_axis, kernel.lanes),
         band_begin(rows.cell_begin()),
-        bands_per_item((h + 1 + kItemsPerImage - 1) / kItemsPerImage),
-        items_per_image((h + 1 + bands_per_item - 1) / bands_per_item),
+        bands_per_item((h + kItemsPerImage - 1) / kItemsPerImage),
+        items_per_image((h + bands_per_item - 1) / bands_per_item),
         items(N * items_per_image),
         // One class has exactly zero loss and gradient, which progressions only come near to.
         vector_path(p.logits.dtype != DType::kDouble && C > 1),
@@ -137,8 +137,9 @@ class Worker {
   void run_item(int64_t item, Real* halo, Totals& totals) {
     n_ = item / plan_.items_per_image;
     const int64_t part = item % plan_.items_per_image;
-    const int64_t begin = part * plan_.bands_per_item;
-    const int64_t end = std::min(plan_.h + 1, begin + plan_.bands_per_item);
+    // The top margin, band 0, goes with band 1: eager's gradient reaches row 1 from there too.
+    const int64_t begin = part == 0 ? 0 : part * plan_.bands_per_item + 1;
+    const int64_t end = std::min(plan_.h, (part + 1) * plan_.bands_per_item) + 1;
     totals_ = &totals;
     row_of_[0] = row_of_[1] = -1;
     for (int64_t band = begin; band < end; ++band) {
@@ -303,7 +304,7 @@ class Worker {
         run_vector_rows(y, R, margin);
       } else {
         totals_->report.exact_rows += R;
-        for (int r = 0; r < R; ++r) run_exact_row(y + r, r, margin);
+        for (int r = 0; r < R; ++r) run_exact_row(y + r, r);
       }
       y += R;
     }
@@ -343,7 +344,7 @@ class Worker {
   }
 
   // The formulas of eager, in double. r: the row's place in labels_.
-  void run_exact_row(int64_t y, int r, bool margin) {
+  void run_exact_row(int64_t y, int r) {
     const int64_t C = plan_.C;
     const Axis::Source sy = plan_.rows.source(y);
     const double* top = exact_row(0).data();
@@ -385,7 +386,7 @@ class Worker {
       const double upstream =
           p_.upstream != nullptr ? static_cast<double>(upstream_.data()[r * label_pitch_ + x]) : 1;
       double* const top_gradient = exact_gradient_[0].data();
-      double* const bottom_gradient = exact_gradient_[margin || sy.i1 == sy.i0 ? 0 : 1].data();
+      double* const bottom_gradient = exact_gradient_[sy.i1 == sy.i0 ? 0 : 1].data();
       for (int64_t c = 0; c < C; ++c) {
         double d = plan_.softmax_weight[label] * (probability[c] / total);
         if (valid) d -= plan_.smoothing_weight[c];
@@ -461,7 +462,7 @@ void finish_image(const Plan& plan, int64_t n, const Real* halos, double scale) 
   Real* const gradient = static_cast<Real*>(p.gradient);
   for (int64_t part = 1; part < plan.items_per_image; ++part) {
     const Real* halo = halos + (n * plan.items_per_image + part) * plan.C * plan.w;
-    Real* out = gradient + n * p.gradient_n + (part * plan.bands_per_item - 1) * p.gradient_h;
+    Real* out = gradient + n * p.gradient_n + part * plan.bands_per_item * p.gradient_h;
     for (int64_t c = 0; c < plan.C; ++c) {
       for (int64_t j = 0; j < plan.w; ++j) {
         out[c * p.gradient_c + j * p.gradient_w] += halo[c * plan.w + j];
