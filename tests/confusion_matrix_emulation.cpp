@@ -51,11 +51,16 @@ void check(int64 size, int classes, int64 ignore_index, int skip_prediction, int
     std::vector<uint64> matrix(classes * classes, 5);
     uint64 counters[3] = {};
     const Counters fields{counters, counters + 1, counters + 2};
-    emulate(2, 16, strategy == 0 ? table * kCopies : strategy == 1 ? table : 0, [&] {
-      if (strategy == 0) count_replicated<Prediction, Target>(pixels, matrix.data(), fields);
-      if (strategy == 1) count_single<Prediction, Target>(pixels, matrix.data(), fields);
-      if (strategy == 2) count_global<Prediction, Target>(pixels, matrix.data(), fields);
-    });
+    emulate(2, 16,
+            strategy == 0   ? table * kCopies
+            : strategy == 1 ? table
+                            : 0,
+            [&] {
+              if (strategy == 0)
+                count_replicated<Prediction, Target>(pixels, matrix.data(), fields);
+              if (strategy == 1) count_single<Prediction, Target>(pixels, matrix.data(), fields);
+              if (strategy == 2) count_global<Prediction, Target>(pixels, matrix.data(), fields);
+            });
     expect(matrix == expected, "matrix");
     expect(counters[0] == invalid && counters[1] == ignored && counters[2] == first, "counters");
     int64 record[5] = {};

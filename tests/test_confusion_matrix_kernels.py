@@ -28,7 +28,7 @@ def _maps(classes: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.where(torch.rand(size, generator=random) < 0.1, noise, target), target
 
 
-@pytest.mark.parametrize(("p", "t"), itertools.product(DTYPES, DTYPES))
+@pytest.mark.parametrize(("p", "t"), list(itertools.product(DTYPES, DTYPES)))
 def test_label_dtypes(p: torch.dtype, t: torch.dtype) -> None:
     prediction, target = _maps(19, 5000)
     target[100:300] = 255 if t == torch.uint8 else 99
