@@ -29,24 +29,19 @@ def test_emulated_kernels_are_exact_under_sanitizers(tmp_path: Path) -> None:
     program = tmp_path / "emulation"
     source = ROOT / "tests" / "confusion_matrix_emulation.cpp"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    subprocess.run(
-        ["g++", "-std=c++20", "-O1", *sanitizers, "-DFCNSEG_HOST_EMULATION", f"-I{CUDA}"]
-        + [f"-I{ROOT / 'tests'}", str(source), "-o", str(program), "-pthread"],
-        check=True,
-    )
+    flags = ["-std=c++20", "-O1", "-pthread", *sanitizers, "-DFCNSEG_HOST_EMULATION"]
+    includes = [f"-I{CUDA}", f"-I{ROOT / 'tests'}"]
+    subprocess.run(["g++", *flags, *includes, str(source), "-o", str(program)], check=True)
     run = subprocess.run([program], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.skipif(_nvcc() is None, reason="needs nvcc")
 def test_registers_and_spills(tmp_path: Path) -> None:
-    log = subprocess.run(
-        [_nvcc(), "-std=c++17", "-O3", "-arch=sm_90", "-Xptxas", "-v", "-cubin"]
-        + ["-o", str(tmp_path / "kernels.cubin"), str(CUDA / "confusion_matrix.cu")],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
+    flags = ["-std=c++17", "-O3", "-arch=sm_90", "-Xptxas", "-v", "-cubin"]
+    files = [str(CUDA / "confusion_matrix.cu"), "-o", str(tmp_path / "kernels.cubin")]
+    command = [str(_nvcc()), *flags, *files]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = [int(found) for found in re.findall(r"Used (\d+) registers", log)]
     assert len(registers) == len(LABELS) ** 2 * len(ENTRIES) + 1
     assert max(registers) <= 64
