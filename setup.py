@@ -10,6 +10,7 @@ NVCC_FLAGS, DEBUG=1.
 import glob
 import os
 import shutil
+import subprocess
 import sys
 
 import pybind11
@@ -76,7 +77,7 @@ def extensions() -> list[Extension]:
     if cuda_home is not None:
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
         cpp_extension.CUDA_HOME = cuda_home  # a CPU build of torch leaves it None
-        sources += sorted(glob.glob("csrc/cuda/*.cu"))
+        sources += sorted(glob.glob("csrc/cuda/*.cu")) + sorted(glob.glob("csrc/cuda/*.cpp"))
         # CppExtension, not CUDAExtension: the stable ABI needs no libc10_cuda, and the CPU wheel
         # of torch does not have it. BuildExtension compiles .cu files all the same.
         options["include_dirs"] = [os.path.join(cuda_home, "include")]
@@ -84,6 +85,7 @@ def extensions() -> list[Extension]:
         options["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
         if torch.version.cuda is not None:
             options["libraries"].append("torch_cuda")  # for the current stream
+            macros.append(("FCNSEG_LINKS_TORCH_CUDA", None))
     core = cpp_extension.CppExtension(
         "fcnseg._C",
         sources,
@@ -111,10 +113,10 @@ def extensions() -> list[Extension]:
 
 
 def cuda_version(cuda_home: str) -> str:
-    import json
-
-    with open(os.path.join(cuda_home, "version.json")) as file:
-        return json.load(file)["cuda"]["version"]
+    """Of the compiler: a toolkit from wheels has no version.json."""
+    nvcc = os.path.join(cuda_home, "bin", "nvcc")
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return text.rsplit(", V", 1)[1].split()[0]
 
 
 def ext_modules() -> list[Extension]:

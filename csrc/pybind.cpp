@@ -68,18 +68,21 @@ void bind_confusion_matrix(py::module_& module) {
              py::arg("num_classes"), py::arg("ignore_index") = -100);
 }
 
+template <typename Prediction>
+void bind_predictions(py::module_& module) {
+  bind_confusion_matrix<Prediction, uint8_t>(module);
+  bind_confusion_matrix<Prediction, int16_t>(module);
+  bind_confusion_matrix<Prediction, int32_t>(module);
+  bind_confusion_matrix<Prediction, int64_t>(module);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_pybind, module) {
   module.doc() = "Build information and NumPy entry points of fcnseg.";
   module.def("build_info", &build_info);
-  bind_confusion_matrix<uint8_t, uint8_t>(module);
-  bind_confusion_matrix<uint8_t, int32_t>(module);
-  bind_confusion_matrix<uint8_t, int64_t>(module);
-  bind_confusion_matrix<int32_t, uint8_t>(module);
-  bind_confusion_matrix<int32_t, int32_t>(module);
-  bind_confusion_matrix<int32_t, int64_t>(module);
-  bind_confusion_matrix<int64_t, uint8_t>(module);
-  bind_confusion_matrix<int64_t, int32_t>(module);
-  bind_confusion_matrix<int64_t, int64_t>(module);
+  bind_predictions<uint8_t>(module);
+  bind_predictions<int16_t>(module);
+  bind_predictions<int32_t>(module);
+  bind_predictions<int64_t>(module);
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_DTYPES = (torch.uint8, torch.int32, torch.int64)
+COUNTED_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -209,11 +210,11 @@ def conv_transpose(
 
 
 def labels(name: str, value: Any) -> None:
-    """Integer labels of any shape."""
+    """Labels of any shape, to be counted."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in LABEL_DTYPES:
-        raise TypeError(f"{name} must have dtype {_dtypes(LABEL_DTYPES)}, got {value.dtype}")
+    if value.dtype not in COUNTED_DTYPES:
+        raise TypeError(f"{name} must have dtype {_dtypes(COUNTED_DTYPES)}, got {value.dtype}")
 
 
 def prediction_and_target(prediction: Tensor, target: Tensor) -> None:

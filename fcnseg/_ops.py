@@ -1,9 +1,9 @@
 """Registration: schemas, implementations per device, fake kernels, autograd.
 
-The dispatcher chooses the implementation. CPU tensors run the compiled operator of the namespace
-``fcnseg_cpu`` where there is one; everything else runs ``reference.py``. A CPU implementation
-raises IndexError for a bad label before anything is written; a CUDA implementation records it on
-the device (``_labels.py``).
+The dispatcher chooses the implementation. Tensors run the compiled operator of the namespace
+``fcnseg_cpu`` or ``fcnseg_cuda`` where there is one; everything else runs ``reference.py``.
+A CPU implementation raises IndexError for a bad label before anything is written; a CUDA
+implementation records it on the device (``_labels.py``).
 
 A loss returns ``(loss, gradient)``. The gradient of a scalar reduction is made in the forward
 pass, when ``compute_grad`` says that it will be wanted (a compiled graph cannot see that), stays in
@@ -77,7 +77,7 @@ _implementations: dict[str, dict[str, str]] = {}
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """What runs behind each operator, per device: "c++" or "reference"."""
+    """What runs behind each operator, per device: "c++", "cuda" or "reference"."""
     return {name: dict(kinds) for name, kinds in _implementations.items()}
 
 
@@ -87,14 +87,15 @@ def _register(
     cpu: Callable[..., Any],
     cuda: Callable[..., Any],
     compiled: Callable[..., Any] | None = None,
+    cuda_kind: str = "reference",
 ) -> None:
     """Register ``compiled`` for CPU tensors where the extension is loaded, else ``cpu``."""
     use_compiled = compiled is not None and _extension.missing_reason is None
     _library.impl(name, compiled if use_compiled else cpu, "CPU")
     _library.impl(name, cuda, "CUDA")
     if "backward" not in name and name != "scale_gradient":
-        _implementations[name] = {"cpu": "c++" if use_compiled else "reference"}
-        _implementations[name]["cuda"] = "reference"
+        kind = "c++" if use_compiled else "reference"
+        _implementations[name] = {"cpu": kind, "cuda": cuda_kind}
 
 
 def _with_strides_of(gradient: Tensor, tensor: Tensor) -> Tensor:
@@ -283,6 +284,19 @@ _register("conv_transpose_argmax", cpu=_conv_transpose_argmax, cuda=_conv_transp
 # --- confusion matrices ---------------------------------------------------------------------------
 
 
+def _in_memory_order(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both permuted alike so that neither needs a copy, where their layouts allow that.
+
+    A count does not depend on the order of the pixels, only on the pairs.
+    """
+    if not (prediction.is_contiguous() and target.is_contiguous()):
+        order = sorted(range(target.dim()), key=target.stride, reverse=True)
+        permuted = prediction.permute(order), target.permute(order)
+        if all(labels.is_contiguous() for labels in permuted):
+            return permuted
+    return prediction, target
+
+
 def _confusion_matrix_compiled(
     matrix: Tensor,
     prediction: Tensor,
@@ -291,9 +305,12 @@ def _confusion_matrix_compiled(
     invalid: Tensor | None = None,
 ) -> None:
     counts = matrix if matrix.is_contiguous() else matrix.new_zeros(matrix.shape)
-    report = torch.ops.fcnseg_cpu.confusion_matrix_(counts, prediction, target, ignore_index)
-    count, flat, value, in_prediction = report.tolist()
-    if count:
+    count_into = torch.ops.fcnseg_cpu.confusion_matrix_
+    report = count_into(counts, *_in_memory_order(prediction, target), ignore_index)
+    if report[0]:
+        # Nothing was written. Count in the order of the indices, to name the first bad one.
+        report = count_into(counts, prediction, target, ignore_index)
+        count, flat, value, in_prediction = report.tolist()
         name = "prediction" if in_prediction else "target"
         position = _labels.unravel(flat, target.shape)
         raise IndexError(_labels.error_message(name, count, value, position, matrix.shape[0]))
@@ -317,7 +334,30 @@ def _confusion_matrix_cpu(
     matrix.add_(counts)
 
 
-def _confusion_matrix_cuda(
+def _confusion_matrix_compiled_cuda(
+    matrix: Tensor,
+    prediction: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    invalid: Tensor | None = None,
+) -> None:
+    counts = matrix if matrix.is_contiguous() else torch.zeros_like(matrix).contiguous()
+    count_into = torch.ops.fcnseg_cuda.confusion_matrix_
+    if invalid is not None:
+        count_into(counts, *_in_memory_order(prediction, target), ignore_index, invalid)
+    else:
+        # In the order of the indices: the record names the first bad one.
+        prediction, target = prediction.contiguous(), target.contiguous()
+        counters = counts.new_zeros(3)  # invalid, ignored, where
+        count_into(counts, prediction, target, ignore_index, counters)
+        record = _labels.device_record(counts.device)
+        torch.ops.fcnseg_cuda.record_invalid_(record, counters, prediction, target, matrix.shape[0])
+        _labels.check_now(counts.device)
+    if counts is not matrix:
+        matrix.add_(counts)
+
+
+def _confusion_matrix_reference_cuda(
     matrix: Tensor,
     prediction: Tensor,
     target: Tensor,
@@ -407,17 +447,27 @@ def _upsample_confusion_matrix_compiled(
         matrix.add_(counts)
 
 
+_compiled_cuda = _extension.missing_reason is None and hasattr(
+    torch.ops.fcnseg_cuda, "confusion_matrix_"
+)
+_confusion_matrix_cuda = (
+    _confusion_matrix_compiled_cuda if _compiled_cuda else _confusion_matrix_reference_cuda
+)
+_cuda_kind = "cuda" if _compiled_cuda else "reference"
+
 _register(
     "confusion_matrix_",
     compiled=_confusion_matrix_compiled,
     cpu=_confusion_matrix_cpu,
     cuda=_confusion_matrix_cuda,
+    cuda_kind=_cuda_kind,
 )
 _register(
     "confusion_matrix",
     compiled=_from_zeros(_confusion_matrix_compiled),
     cpu=_from_zeros(_confusion_matrix_cpu),
     cuda=_from_zeros(_confusion_matrix_cuda),
+    cuda_kind=_cuda_kind,
 )
 _register(
     "upsample_confusion_matrix_",

@@ -321,8 +321,8 @@ def confusion_matrix(
     minlength=num_classes**2)`` as a matrix, with ``kept = target != ignore_index``.
 
     Args:
-        prediction: labels of any shape, uint8, int32 or int64.
-        target: labels of the same shape, uint8, int32 or int64.
+        prediction: labels of any shape, uint8, int16, int32 or int64.
+        target: labels of the same shape, uint8, int16, int32 or int64.
         num_classes: C.
         ignore_index: label of the target's pixels that are not counted.
 

@@ -57,10 +57,11 @@ class ConfusionMatrix(nn.Module):
         """Count a batch.
 
         Args:
-            prediction: labels of any shape, uint8, int32 or int64; or logits ``[N, C, h, w]``,
-                floating point, which are upsampled bilinearly to the target's size.
-            target: labels, uint8, int32 or int64, of the prediction's shape; ``[N, H, W]`` for
-                logits.
+            prediction: labels of any shape, uint8, int16, int32 or int64; or logits
+                ``[N, C, h, w]``, floating point, which are upsampled bilinearly to the target's
+                size.
+            target: labels, uint8, int16, int32 or int64, of the prediction's shape; for logits
+                ``[N, H, W]``, uint8, int32 or int64.
 
         Raises:
             ValueError, TypeError: an argument has the wrong shape, dtype or device.

@@ -58,11 +58,13 @@ auto with_labels(const Tensor& labels, Visitor&& visit) {
   switch (labels.scalar_type()) {
     case ScalarType::Byte:
       return visit(static_cast<const uint8_t*>(labels.const_data_ptr()));
+    case ScalarType::Short:
+      return visit(static_cast<const int16_t*>(labels.const_data_ptr()));
     case ScalarType::Int:
       return visit(static_cast<const int32_t*>(labels.const_data_ptr()));
     default:
       STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long,
-                      "confusion_matrix_: labels must be uint8, int32 or int64");
+                      "confusion_matrix_: labels must be uint8, int16, int32 or int64");
       return visit(static_cast<const int64_t*>(labels.const_data_ptr()));
   }
 }

@@ -1,0 +1,90 @@
+"""The CUDA confusion matrix without a GPU: emulated, compiled for every architecture, inspected."""
+
+import ctypes
+import importlib.util
+import itertools
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import fcnseg
+
+ROOT = Path(__file__).parent.parent
+CUDA = ROOT / "csrc" / "cuda"
+LABELS = ("Label8", "Label16", "Label32", "Label64")
+ENTRIES = ("count_replicated", "count_single", "count_global")
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_emulated_kernels_are_exact_under_sanitizers(tmp_path: Path) -> None:
+    program = tmp_path / "emulation"
+    source = ROOT / "tests" / "confusion_matrix_emulation.cpp"
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++20", "-O1", "-pthread", *sanitizers, "-DFCNSEG_HOST_EMULATION"]
+    includes = [f"-I{CUDA}", f"-I{ROOT / 'tests'}"]
+    subprocess.run(["g++", *flags, *includes, str(source), "-o", str(program)], check=True)
+    run = subprocess.run([program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.skipif(_nvcc() is None, reason="needs nvcc")
+def test_registers_and_spills(tmp_path: Path) -> None:
+    flags = ["-std=c++17", "-O3", "-arch=sm_90", "-Xptxas", "-v", "-cubin"]
+    files = [str(CUDA / "confusion_matrix.cu"), "-o", str(tmp_path / "kernels.cubin")]
+    command = [str(_nvcc()), *flags, *files]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = [int(found) for found in re.findall(r"Used (\d+) registers", log)]
+    assert len(registers) == len(LABELS) ** 2 * len(ENTRIES) + 1
+    assert max(registers) <= 64
+    assert all(int(found) == 0 for found in re.findall(r"(\d+) bytes spill", log))
+
+
+def test_nvrtc_compiles_for_volta() -> None:
+    spec = importlib.util.find_spec("nvidia")
+    places = [] if spec is None else list(spec.submodule_search_locations or [])
+    libraries = [found for place in places for found in Path(place).glob("*/lib/libnvrtc.so.12")]
+    if not libraries:
+        pytest.skip("needs nvidia-cuda-nvrtc-cu12")
+    nvrtc = ctypes.CDLL(str(libraries[0]))
+    program = ctypes.c_void_p()
+    source = b'#include "confusion_matrix_kernel.cuh"\n'
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"k.cu", 0, None, None) == 0
+    for entry, prediction, target in itertools.product(ENTRIES, LABELS, LABELS):
+        name = f"&fcnseg::{entry}<fcnseg::{prediction}, fcnseg::{target}>"
+        assert nvrtc.nvrtcAddNameExpression(program, name.encode()) == 0
+    options = ["--gpu-architecture=sm_70", "--std=c++17", f"-I{CUDA}", "--ptxas-options=-v"]
+    encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    result = nvrtc.nvrtcCompileProgram(program, len(options), encoded)
+    size = ctypes.c_size_t()
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, buffer)
+    log = buffer.value.decode()
+    assert result == 0, log
+    assert max(int(found) for found in re.findall(r"Used (\d+) registers", log)) <= 64
+    assert all(int(found) == 0 for found in re.findall(r"(\d+) bytes spill", log))
+
+
+def test_fat_binary_holds_what_was_asked_for() -> None:
+    built = fcnseg.build_info()["built"]
+    if built is None or built["cuda"] is None:
+        pytest.skip("fcnseg was built without CUDA (FORCE_CUDA=1 forces it)")
+    assert fcnseg.build_info()["operators"]["confusion_matrix_"]["cuda"] == "cuda"
+    dump = shutil.which("cuobjdump")
+    if dump is None:
+        pytest.skip("needs cuobjdump")
+    library = importlib.util.find_spec("fcnseg._C")
+    assert library is not None and library.origin is not None
+    command = [dump, "--list-elf", library.origin]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for arch in built["cuda_archs"].replace("+PTX", "").replace(" ", ";").split(";"):
+        assert f"sm_{arch.replace('.', '')}" in listed
