@@ -1,0 +1,94 @@
+"""fcnseg.evaluate against cityscapesscripts: time and equality of every score.
+
+    python benchmarks/bench_evaluate.py [--pairs 50] [--size 1024 2048] [--instances 30]
+
+cityscapesscripts' distributions on PyPI hold no Cython source, so it counts in NumPy. The last
+line gives it a compiled count of the confusion matrix in the Cython module's place (its instance
+scores are NumPy either way).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from cityscapes_files import write_pairs
+from cityscapes_oracle import import_cityscapesscripts, official_scores, same
+
+from fcnseg import _extension, evaluate
+
+
+def compiled_count(
+    prediction: np.ndarray, truth: np.ndarray, matrix: np.ndarray, _labels: list[int]
+) -> np.ndarray:
+    """What cityscapesscripts' Cython module does, by fcnseg's C++."""
+    assert _extension.pybind is not None
+    counted, _ = _extension.pybind.confusion_matrix(prediction, truth, len(matrix), -1)
+    matrix += counted.astype(np.ulonglong)
+    return matrix
+
+
+def timed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = function(*args, **kwargs)
+    return time.perf_counter() - start, result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="fcnseg.evaluate against cityscapesscripts")
+    parser.add_argument("--pairs", type=int, default=50)
+    parser.add_argument("--size", type=int, nargs=2, default=(1024, 2048), metavar=("H", "W"))
+    parser.add_argument("--instances", type=int, default=30, help="boxes per image")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    official = import_cityscapesscripts()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_pairs(root, options.pairs, tuple(options.size), instances=options.instances)
+        pairs, *_ = evaluate.find_cityscapes_pairs(root / "results", root)
+        for pair in pairs:  # all runs read from memory
+            for path in pair.files():
+                path.read_bytes()
+        folders = str(root / "results"), str(root)
+        ours, found = timed(evaluate.evaluate_cityscapes, *folders, workers=options.workers)
+        one, _ = timed(evaluate.evaluate_cityscapes, *folders, workers=1)
+        command = [sys.executable, "-m", "fcnseg.evaluate", *folders, "--quiet"]
+        command += ["--workers", str(options.workers)]
+        process, _ = timed(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+        theirs, expected = timed(official_scores, official, pairs)
+        compiled = None
+        if _extension.pybind is not None:
+            official.CSUPPORT = True
+            official.addToConfusionMatrix = SimpleNamespace(cEvaluatePair=compiled_count)
+            compiled, expected_compiled = timed(official_scores, official, pairs)
+            if not same(expected_compiled, expected):
+                sys.exit("the two forms of cityscapesscripts disagree")
+    if not same(found.result, expected):
+        sys.exit("the scores differ from those of cityscapesscripts")
+    height, width = options.size
+    print(
+        f"{len(pairs)} pairs of {width}x{height}, {options.instances} boxes of things each, "
+        f"{os.cpu_count()} cores; every score equal"
+    )
+    print(f"fcnseg, {options.workers} processes                     {ours:7.2f} s")
+    print(f"fcnseg, 1 process                       {one:7.2f} s")
+    print(f"python -m fcnseg.evaluate, with start   {process:7.2f} s")
+    print(f"cityscapesscripts                       {theirs:7.2f} s  {theirs / ours:5.1f}x")
+    if compiled is not None:
+        print(f"cityscapesscripts, compiled count       {compiled:7.2f} s  {compiled / ours:5.1f}x")
+
+
+if __name__ == "__main__":
+    main()
