@@ -59,7 +59,7 @@ def test_shares_hold_every_sample_once(length, processes):
 
 
 def test_sampler_errors():
-    with pytest.raises(ValueError, match="must be given where torch.distributed is not init"):
+    with pytest.raises(ValueError, match=r"given where torch\.distributed is not initialised"):
         DistributedEvalSampler(range(3))
     with pytest.raises(ValueError, match="both or not at all"):
         DistributedEvalSampler(range(3), rank=0)

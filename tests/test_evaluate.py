@@ -84,7 +84,7 @@ def test_label_table_equals_cityscapesscripts():
     labels = sys.modules["cityscapesscripts.helpers.labels"].labels
     official = sys.modules["cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"]
     known = [label for label in labels if label.id >= 0]
-    assert evaluate.CITYSCAPES_CLASSES == tuple(label.name for label in known)
+    assert tuple(label.name for label in known) == evaluate.CITYSCAPES_CLASSES
     assert {label.id: label.category for label in known} == evaluate._CATEGORY_OF
     assert [label.id for label in known if not label.ignoreInEval] == evaluate._EVALUATED
     assert official.args.avgClassSize == evaluate._AVERAGE_INSTANCE_SIZE
