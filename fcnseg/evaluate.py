@@ -328,14 +328,17 @@ def _count_instances(
 ) -> list[tuple[int, int, int, int]]:
     """`Counts.instances` of an image whose predictions are label ids."""
     inside = np.flatnonzero(instances > _INSTANCE_FACTOR)
-    ids = instances.ravel()[inside]
-    present = np.flatnonzero(np.bincount(ids))
+    ids, predicted = instances.ravel()[inside], prediction.ravel()[inside]
+    # Neighbours mostly agree, so count runs of equal (instance, prediction) by their lengths.
+    is_start = np.ones(len(ids), bool)
+    is_start[1:] = (ids[1:] != ids[:-1]) | (predicted[1:] != predicted[:-1])
+    starts = np.flatnonzero(is_start)
+    lengths = np.diff(starts, append=len(ids))
+    present, rank = np.unique(ids[starts], return_inverse=True)
     num_classes = len(CITYSCAPES_CLASSES)
-    rank = np.zeros(int(present.max(initial=0)) + 1, np.intp)
-    rank[present] = np.arange(len(present))
     # [instance, predicted label]: one pass whatever the number of instances.
     table = np.bincount(
-        rank[ids] * num_classes + prediction.ravel()[inside], minlength=len(present) * num_classes
+        rank * num_classes + predicted[starts], lengths, minlength=len(present) * num_classes
     ).reshape(-1, num_classes)
     counted = []
     for instance, row in zip(present.tolist(), table, strict=True):
