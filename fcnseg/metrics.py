@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -202,3 +204,88 @@ def scores(matrix: Tensor) -> Scores:
         # An absent class has frequency 0; its NaN must not count.
         frequency_weighted_iou=(frequency * torch.where(truth > 0, iou, 0.0)).sum().item(),
     )
+
+
+def _check_classes(classes: Sequence[str], count: int) -> None:
+    if len(classes) != count:
+        raise ValueError(f"classes must hold {count} names, one per class, got {len(classes)}")
+
+
+def format_scores(scores: Scores, classes: Sequence[str]) -> str:
+    """A table: one line per class with its IoU, Dice and accuracy, then their means.
+
+    Args:
+        scores: what :func:`scores` returns.
+        classes: the C names, in the order of the labels.
+
+    Returns:
+        Lines without a newline at the end; what is undefined shows as "-".
+
+    Raises:
+        ValueError: there is not one name per class.
+
+    Example:
+        >>> import torch, fcnseg
+        >>> result = fcnseg.metrics.scores(torch.tensor([[3, 1], [0, 4]]))
+        >>> print(fcnseg.metrics.format_scores(result, ["road", "sky"]))
+        class       IoU      Dice  accuracy
+        road     0.7500    0.8571    0.7500
+        sky      0.8000    0.8889    1.0000
+        mean     0.7750    0.8730    0.8750
+        pixel accuracy 0.8750, frequency-weighted IoU 0.7750
+    """
+    _check_classes(classes, len(scores.iou))
+    width = max(len("class"), *map(len, classes))
+
+    def number(value: float) -> str:
+        return "-" if math.isnan(value) else f"{value:.4f}"
+
+    def row(name: str, *values: float) -> str:
+        return f"{name:{width}s}" + "".join(f"{number(value):>10s}" for value in values)
+
+    columns = (scores.iou.tolist(), scores.dice.tolist(), scores.accuracy.tolist())
+    header = f"{'class':{width}s}" + "".join(f"{n:>10s}" for n in ("IoU", "Dice", "accuracy"))
+    return "\n".join(
+        [
+            header,
+            *(row(*line) for line in zip(classes, *columns, strict=True)),
+            row("mean", scores.mean_iou, scores.mean_dice, scores.mean_accuracy),
+            f"pixel accuracy {number(scores.pixel_accuracy)}, "
+            f"frequency-weighted IoU {number(scores.frequency_weighted_iou)}",
+        ]
+    )
+
+
+def save_matrix(path: str | os.PathLike[str], matrix: Tensor, classes: Sequence[str]) -> None:
+    """Draw a confusion matrix, each row divided by its sum, as a PNG. Needs matplotlib.
+
+    Args:
+        path: the file to write.
+        matrix: ``[C, C]`` counts, int64, rows truth, columns prediction. The row of a class
+            without a true pixel stays empty.
+        classes: the C names, in the order of the labels.
+
+    Raises:
+        ValueError, TypeError: ``matrix`` is not a square int64 matrix, or there is not one name
+            per class.
+    """
+    _checks.matrix(matrix, "matrix", matrix)
+    _check_classes(classes, len(matrix))
+    from matplotlib.figure import Figure  # only here: the metric needs torch alone
+
+    counts = matrix.detach().to("cpu", torch.float64)
+    shares = (counts / counts.sum(1, keepdim=True)).numpy()  # NaN, drawn as blank, where 0 / 0
+    side = 0.3 * len(classes) + 2.5  # inches
+    figure = Figure(figsize=(side + 0.8, side), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize="small")
+    axes.set_yticks(range(len(classes)), classes, fontsize="small")
+    axes.set(xlabel="prediction", ylabel="truth")
+    for (row, column), share in (((r, c), shares[r, c]) for r, c in counts.nonzero().tolist()):
+        if share >= 0.005:
+            colour = "white" if share > 0.5 else "black"
+            text = f"{100 * share:.0f}"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize="x-small")
+    figure.colorbar(image, label="share of the class's true pixels (numbers: %)", shrink=0.8)
+    figure.savefig(path, format="png")

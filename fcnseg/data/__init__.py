@@ -11,6 +11,7 @@ from .ade20k import ADE20K
 from .camvid import CamVid
 from .cityscapes import Cityscapes
 from .dataset import MEAN, STD, DataError, SegmentationDataset, Transform, normalise
+from .sampler import DistributedEvalSampler
 from .transforms import EvalTransform, TrainTransform, worker_init_fn
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "CamVid",
     "Cityscapes",
     "DataError",
+    "DistributedEvalSampler",
     "EvalTransform",
     "SegmentationDataset",
     "TrainTransform",

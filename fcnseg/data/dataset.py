@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import cv2
 import numpy as np
@@ -66,7 +66,12 @@ def read_bytes(path: Path) -> UInt8Array:
     return data
 
 
-def _decode(path: Path, data: UInt8Array, flags: int) -> UInt8Array:
+def decode(path: Path, data: UInt8Array, flags: int) -> npt.NDArray[Any]:
+    """Decode a file's bytes with OpenCV, of the type and number of channels that ``flags`` say.
+
+    Raises:
+        DataError: the file is corrupt or truncated.
+    """
     # Some versions of OpenCV return what they have of a truncated file, so look for the end.
     content = data.tobytes()
     trailer = {b"\x89P": b"IEND", b"\xff\xd8": b"\xff\xd9"}.get(content[:2], b"")
@@ -76,7 +81,7 @@ def _decode(path: Path, data: UInt8Array, flags: int) -> UInt8Array:
         decoded = None
     if decoded is None:
         raise DataError(f"{path}: corrupt or truncated, expected a whole PNG or JPEG file")
-    return np.asarray(decoded, dtype=np.uint8)
+    return decoded
 
 
 def read_image(path: Path, *, allow_greyscale: bool = False) -> UInt8Array:
@@ -94,7 +99,7 @@ def read_image(path: Path, *, allow_greyscale: bool = False) -> UInt8Array:
     """
     # Annotations follow the stored pixels, so an EXIF rotation must not be applied.
     flags = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = _decode(path, read_bytes(path), flags)
+    image = decode(path, read_bytes(path), flags)
     if image.ndim == 2:
         if not allow_greyscale:
             raise DataError(f"{path}: expected an image of 3 channels (RGB), got 1 channel")
@@ -123,7 +128,7 @@ def read_label(path: Path) -> UInt8Array:
             f"{path}: expected a label PNG of 1 channel and 8 bits, "
             f"got {kinds.get(kind, f'colour type {kind}')} and {depth} bits"
         )
-    return _decode(path, data, cv2.IMREAD_UNCHANGED)
+    return np.asarray(decode(path, data, cv2.IMREAD_UNCHANGED), dtype=np.uint8)
 
 
 def list_files(folder: Path, suffixes: Iterable[str]) -> list[Path]:
