@@ -74,10 +74,13 @@ def fused(logits: Tensor, target: Tensor, upstream: Tensor | None = None, **opti
 
 
 def check(logits: Tensor, target: Tensor, **options) -> None:
+    """Eager in float32 for half types: its half sums overflow."""
+
+    def eager(x: Tensor) -> Tensor:
+        return eager_loss(x if x.dtype == torch.float64 else x.float(), target, **options)
+
     assert_as_good_as_eager(
-        lambda x: fcnseg.upsample_cross_entropy(x, target, **options),
-        lambda x: eager_loss(x, target, **options),
-        [logits],
+        lambda x: fcnseg.upsample_cross_entropy(x, target, **options), eager, [logits]
     )
 
 
@@ -100,17 +103,20 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return ((value.double() - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("num_classes", [2, 19])
-@pytest.mark.parametrize("scale", [0.1, 3.0])
-def test_gradient_is_accurate(num_classes, scale):
-    """With few classes and flat logits the errors add up most."""
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("num_classes", [2, 5, 19])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 3.0])
+def test_gradient_is_accurate(num_classes, scale, noise):
+    """Under few classes, flat logits and noisy labels p - [label] cancels: errors show most."""
     logits = scale * normal((1, num_classes, 32, 64))
-    target = block_labels((1, 256, 512), num_classes)
+    shape = (1, 256, 512)
+    target = labels(shape, num_classes) if noise else block_labels(shape, num_classes)
     leaf = logits.double().requires_grad_()
     expected = eager_loss(leaf, target, ignore_index=255)
     loss, gradient = fused(logits, target, ignore_index=255)
     assert relative_error(loss, expected) <= 2e-7
-    assert relative_error(gradient, torch.autograd.grad(expected, leaf)[0]) <= 5e-7
+    bound = 1.5e-6 if noise and scale < 1 else 5e-7
+    assert relative_error(gradient, torch.autograd.grad(expected, leaf)[0]) <= bound
 
 
 @pytest.mark.parametrize("num_classes", [1, 2, 16, 17, 150, 300])
@@ -267,7 +273,7 @@ LAYOUTS = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_problem(data):
     draw = data.draw
