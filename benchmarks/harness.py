@@ -128,7 +128,7 @@ def statistics(seconds: Sequence[float]) -> dict[str, float]:
 
 
 _PEAK = """
-import importlib, sys
+import dataclasses, importlib, sys
 import torch
 
 def status(key):
@@ -138,8 +138,9 @@ def status(key):
 
 torch.set_num_threads(1)
 bench = importlib.import_module(sys.argv[1])
-bench.implementation(sys.argv[2], bench.Case((1, 2, 4, 4), (8, 8)))()
-run = bench.implementation(sys.argv[2], eval(sys.argv[3], vars(bench)))
+case = eval(sys.argv[3], {"Case": bench.Case, "torch": torch})
+bench.implementation(sys.argv[2], dataclasses.replace(case, shape=(1, 2, 4, 4), size=(8, 8)))()
+run = bench.implementation(sys.argv[2], case)
 try:
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 except OSError:
