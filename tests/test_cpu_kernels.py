@@ -273,7 +273,7 @@ LAYOUTS = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_problem(data):
     draw = data.draw
@@ -307,7 +307,7 @@ def test_any_problem(data):
             logits, target.to(draw(st.sampled_from(integers))), **geometry,
             weight=draw(st.sampled_from([None, torch.linspace(0.1, 2, C)])),
             ignore_index=ignore_index,
-            label_smoothing=draw(st.sampled_from([0.0, 0.1, 1.0])),
+            label_smoothing=draw(st.sampled_from([0.0, 0.1, 0.5])),
             reduction=draw(st.sampled_from(REDUCTIONS)),
         )  # fmt: skip
         check_argmax(logits, (H, W), **geometry)

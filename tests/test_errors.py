@@ -18,6 +18,7 @@ LABELS = torch.zeros(4, 5, dtype=torch.uint8)
 MATRIX = torch.zeros(3, 3, dtype=torch.int64)
 FLOATS = "torch.float16, torch.bfloat16, torch.float32, torch.float64"
 INTS = "torch.uint8, torch.int32, torch.int64"
+COUNTED = "torch.uint8, torch.int16, torch.int32, torch.int64"
 
 
 def upsample(**changes: Any) -> Any:
@@ -229,8 +230,8 @@ CASES: list[Case] = [
     # confusion matrices
     (count, {"prediction": [0]}, TypeError, "prediction must be a tensor, got list"),
     (count, {"prediction": LABELS.float()}, TypeError,
-     f"prediction must have dtype {INTS}, got torch.float32"),
-    (count, {"target": LABELS.bool()}, TypeError, f"target must have dtype {INTS}, got torch.bool"),
+     f"prediction must have dtype {COUNTED}, got torch.float32"),
+    (count, {"target": LABELS.bool()}, TypeError, f"target must have dtype {COUNTED}, got torch.bool"),
     (count, {"target": LABELS.t()}, ValueError,
      "prediction must have the target's shape, [5, 4], got [4, 5]"),
     (count, {"prediction": LABELS.to("meta")}, ValueError,
