@@ -11,6 +11,7 @@ import pytest
 import torch
 from cityscapes_files import write_pairs, write_png
 from cityscapes_oracle import import_cityscapesscripts, official_scores, same
+from oracles import import_torchvision
 
 from fcnseg import _extension, evaluate
 from fcnseg.data import DataError
@@ -371,6 +372,7 @@ def test_plain_folders_equal_numpy_counts(plain):
 
 
 def test_plain_folders_equal_torchmetrics(plain):
+    import_torchvision()  # torchmetrics imports it where it is installed
     pytest.importorskip("torchmetrics", exc_type=ImportError)
     from torchmetrics.functional.classification import (
         multiclass_confusion_matrix,
