@@ -1,0 +1,191 @@
+"""Compile the Triton kernels for GPUs that need not be present, and check what they use.
+
+``python -m tests.compile_kernels`` prints one line per kernel, configuration and architecture and
+fails where a kernel spills, passes a ceiling, or holds a float atomic. ALL=1 compiles every
+configuration for every architecture; otherwise that is done for sm_70 and sm_90 and the others get
+one configuration per kernel. It runs in a process of its own: the interpreter of Triton, which the
+tests use, cannot compile.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fcnseg.kernels import common, upsample_cross_entropy
+from fcnseg.kernels.common import Lanes
+
+ARCHS = (70, 75, 80, 86, 89, 90, 100, 120)
+ALL_CONFIGURATIONS = (70, 90)
+MAX_SHARED = 48 * 1024
+FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.[\w.:]*\.(?:f16|bf16|f32|f64|f16x2|bf16x2)\b")
+
+Configuration = tuple[str, Any, dict[str, Any], int]  # name, kernel, arguments, register ceiling
+
+
+class FakeDriver:
+    """What Triton asks a driver before it compiles, answered for any architecture."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # a device key of its own, so that caches do not mix
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack, shared and local bytes of the only kernel in ``cubin``."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", out.stdout + out.stderr)
+    assert found is not None, out
+    return dict(zip(("registers", "stack", "shared", "local"), map(int, found.groups()), strict=True))
+
+
+def _arguments(kernel: Any, dtypes: dict[str, torch.dtype], **constexprs: Any) -> dict[str, Any]:
+    """Arguments by name: pointers from ``dtypes``, floats by their names, else an odd integer."""
+    floats = {"step_h", "inverse_h", "step_w", "inverse_w", "half", "smoothing"}
+    out: dict[str, Any] = {}
+    for name in inspect.signature(kernel.fn).parameters:
+        if name in constexprs:
+            continue
+        if name.endswith("_ptr"):
+            out[name] = dtypes.get(name, torch.float32)
+        elif name in floats:
+            out[name] = 0.125
+        elif name == "ignore_index":
+            out[name] = 255
+        else:
+            out[name] = 97
+    if "stride_logits_w" in out:
+        out["stride_logits_w"] = 1
+    return {**out, **constexprs}
+
+
+LABELS = {"bad_count_ptr": torch.int32, "bad_index_ptr": torch.int64}
+
+
+def _cross_entropy() -> Iterator[Configuration]:
+    kernel = upsample_cross_entropy._upsample_cross_entropy_kernel
+    plain = {
+        "HAS_WEIGHT": False, "HAS_SMOOTHING": False, "ONE_CLASS": False, "WITH_GRAD": True,
+        "PER_PIXEL": False, "BITS": 8, "WIDE": False,
+    }  # fmt: skip
+    cases = [
+        ("mean fp32 x8", torch.float32, torch.int64, {}, Lanes(8, 8, 1, 1)),
+        ("mean fp16 x8", torch.float16, torch.int64, {}, Lanes(8, 8, 1, 1)),
+        ("mean bf16 x8 uint8", torch.bfloat16, torch.uint8, {}, Lanes(8, 8, 1, 1)),
+        ("mean fp32 x4", torch.float32, torch.int64, {}, Lanes(4, 4, 1, 1)),
+        ("mean fp32 x16", torch.float32, torch.int64, {}, Lanes(8, 8, 2, 1)),
+        ("mean fp32 x32", torch.float32, torch.int64, {}, Lanes(8, 8, 4, 1)),
+        ("mean fp32 down", torch.float32, torch.int64, {}, Lanes(1, 1, 1, 1)),
+        ("mean fp32 x8 C=1000", torch.float32, torch.int64, {"BITS": 16}, Lanes(8, 4, 2, 1)),
+        ("mean fp32 x8 weight", torch.float32, torch.int64, {"HAS_WEIGHT": True}, Lanes(8, 8, 1, 1)),
+        ("mean fp32 x8 weight smoothing", torch.float32, torch.int64,
+         {"HAS_WEIGHT": True, "HAS_SMOOTHING": True}, Lanes(8, 8, 1, 1)),
+        ("loss only fp32 x8", torch.float32, torch.int64, {"WITH_GRAD": False}, Lanes(8, 8, 1, 1)),
+        ("none fp32 x8", torch.float32, torch.int64, {"PER_PIXEL": True, "WITH_GRAD": False},
+         Lanes(8, 8, 1, 1)),
+        ("none backward fp32 x8", torch.float32, torch.int64, {"PER_PIXEL": True},
+         Lanes(8, 8, 1, 1)),
+    ]  # fmt: skip
+    for name, logits, labels, changes, lanes in cases:
+        dtypes = {**LABELS, "logits_ptr": logits, "target_ptr": labels}
+        arguments = _arguments(kernel, dtypes, **plain, **lanes.constexprs()) | changes
+        yield name, kernel, arguments, 255
+
+
+def _gathers() -> Iterator[Configuration]:
+    for mean in (True, False):
+        kernel = upsample_cross_entropy._reduce_kernel
+        yield "mean" if mean else "sum", kernel, _arguments(kernel, LABELS, MEAN=mean, BLOCK=1024), 64
+    kernel = upsample_cross_entropy._finish_kernel
+    for name, stride_c in (("contiguous", 97), ("channels_last", 1)):
+        arguments = _arguments(kernel, {}, HAS_SCALE=True, CELLS=32, WIDE=False, BLOCK=512)
+        yield name, kernel, arguments | {"stride_c": stride_c}, 64
+    kernel = common._bad_label_kernel
+    dtypes = {
+        "count_ptr": torch.int32, "index_ptr": torch.int64, "target_ptr": torch.int64,
+        "record_ptr": torch.int64, "invalid_ptr": torch.int64,
+    }  # fmt: skip
+    yield "record", kernel, _arguments(kernel, dtypes, HAS_INVALID=False, BLOCK=1024), 64
+
+
+def configurations() -> Iterator[Configuration]:
+    yield from _cross_entropy()
+    yield from _gathers()
+
+
+def compile_one(kernel: Any, arguments: dict[str, Any]) -> Any:
+    names = list(inspect.signature(kernel.fn).parameters)
+    values = [arguments[name] for name in names]  # dtypes stand for pointers by position only
+    options = {name: value for name, value in arguments.items() if name not in names}
+    return kernel.warmup(*values, grid=(1,), **options)
+
+
+def main() -> int:
+    failures = 0
+    every = os.environ.get("ALL", "0") not in ("", "0")
+    only = sys.argv[1] if len(sys.argv) > 1 else ""
+    for arch in ARCHS:
+        driver.set_active(FakeDriver(arch))
+        seen: set[str] = set()
+        for name, kernel, arguments, max_registers in configurations():
+            kernel_name = kernel.fn.__name__
+            if not every and arch not in ALL_CONFIGURATIONS and kernel_name in seen:
+                continue
+            if only not in f"{kernel_name} {name} {arch}":
+                continue
+            seen.add(kernel_name)
+            compiled = compile_one(kernel, arguments)
+            used = resources(compiled.asm["cubin"])
+            ptx = compiled.asm["ptx"]
+            problems = []
+            if used["stack"] or used["local"]:
+                problems.append("spills")
+            if used["registers"] > max_registers:
+                problems.append(f"more than {max_registers} registers")
+            if compiled.metadata.shared > MAX_SHARED:
+                problems.append(f"more than {MAX_SHARED} bytes of shared memory")
+            if FLOAT_ATOMIC.search(ptx):
+                problems.append("float atomic")
+            if arch == 70 and "mma." in ptx:
+                problems.append("matrix instruction")
+            failures += bool(problems)
+            print(
+                f"sm_{arch:<4}{kernel_name:<36}{name:<32}{used['registers']:>4} registers"
+                f"{compiled.metadata.shared:>7} B shared"
+                f"{used['stack'] + used['local']:>6} B spilled  {', '.join(problems) or 'ok'}",
+                flush=True,
+            )
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
