@@ -24,7 +24,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fcnseg.kernels import common, upsample_cross_entropy
+from fcnseg.kernels import (
+    common,
+    upsample_argmax,
+    upsample_confusion_matrix,
+    upsample_cross_entropy,
+)
 from fcnseg.kernels.common import Lanes
 
 ARCHS = (70, 75, 80, 86, 89, 90, 100, 120)
@@ -137,9 +142,46 @@ def _gathers() -> Iterator[Configuration]:
     yield "record", kernel, _arguments(kernel, dtypes, HAS_INVALID=False, BLOCK=1024), 64
 
 
+def _argmax() -> Iterator[Configuration]:
+    kernel = upsample_argmax._upsample_argmax_kernel
+    cases = [
+        ("fp32 x8 int64", torch.float32, torch.int64, Lanes(8, 4, 2, 1)),
+        ("fp16 x8 int64", torch.float16, torch.int64, Lanes(8, 4, 2, 1)),
+        ("bf16 x8 uint8", torch.bfloat16, torch.uint8, Lanes(8, 4, 2, 1)),
+        ("fp32 x4 int32", torch.float32, torch.int32, Lanes(4, 4, 1, 1)),
+        ("fp32 x32 int64", torch.float32, torch.int64, Lanes(8, 4, 8, 1)),
+        ("fp32 down int64", torch.float32, torch.int64, Lanes(1, 1, 1, 1)),
+    ]
+    for name, logits, labels, lanes in cases:
+        dtypes = {"logits_ptr": logits, "label_ptr": labels}
+        arguments = _arguments(kernel, dtypes, WIDE=False, **lanes.constexprs())
+        yield name, kernel, arguments | {"stride_w": 1}, 168
+
+
+def _confusion_matrix() -> Iterator[Configuration]:
+    kernel = upsample_confusion_matrix._upsample_confusion_matrix_kernel
+    dtypes = {
+        "target_ptr": torch.int64, "matrix_ptr": torch.int64, "copies_ptr": torch.int32,
+        "bad_count_ptr": torch.int64, "bad_index_ptr": torch.int64,
+    }  # fmt: skip
+    lanes = Lanes(8, 4, 2, 1)
+    for num_classes in (2, 19, 150):
+        for logits in (torch.float32, torch.float16):
+            size = upsample_confusion_matrix.bins(num_classes)
+            arguments = _arguments(
+                kernel, {**dtypes, "logits_ptr": logits}, BINS=size, WIDE=False,
+                **lanes.constexprs(),
+            )  # fmt: skip
+            yield f"C={num_classes} {str(logits)[6:]} x8", kernel, arguments, 255
+    kernel = upsample_confusion_matrix._add_copies_kernel
+    yield "copies", kernel, _arguments(kernel, dtypes, BLOCK=256), 64
+
+
 def configurations() -> Iterator[Configuration]:
     yield from _cross_entropy()
     yield from _gathers()
+    yield from _argmax()
+    yield from _confusion_matrix()
 
 
 def compile_one(kernel: Any, arguments: dict[str, Any]) -> Any:
