@@ -1,7 +1,7 @@
 """Registration: schemas, implementations per device, fake kernels, autograd.
 
 The dispatcher chooses the implementation. CPU tensors run the compiled operator of the namespace
-``fcnseg_cpu`` where there is one; CUDA tensors run the Triton kernels of ``fcnseg.kernels``, which are
+``fcnseg_cpu`` where there is one; CUDA tensors run the Triton kernels of ``fcnseg.kernels``,
 imported at the first such call; everything else runs ``reference.py``. A CPU implementation
 raises IndexError for a bad label before anything is written; a CUDA implementation records it on
 the device (``_labels.py``).
@@ -103,11 +103,7 @@ _cuda_kind = "triton" if _HAS_TRITON else "reference"
 
 def _use_triton(logits: Tensor, size: Sequence[int]) -> bool:
     """The kernels take every case but float64; their float32 coordinates are exact below 2^22."""
-    return (
-        _HAS_TRITON
-        and logits.dtype != torch.float64
-        and max(*logits.shape[2:], *size) < 2**22
-    )
+    return _HAS_TRITON and logits.dtype != torch.float64 and max(*logits.shape[2:], *size) < 2**22
 
 
 def _with_strides_of(gradient: Tensor, tensor: Tensor) -> Tensor:
@@ -277,9 +273,7 @@ def _conv_transpose_argmax(*args: Any) -> Tensor:
     return reference.conv_transpose_argmax(*args).contiguous()
 
 
-_register(
-    "upsample_argmax", cpu=_upsample_argmax, cuda=_upsample_argmax_cuda, cuda_kind=_cuda_kind
-)
+_register("upsample_argmax", cpu=_upsample_argmax, cuda=_upsample_argmax_cuda, cuda_kind=_cuda_kind)
 _register("conv_transpose_argmax", cpu=_conv_transpose_argmax, cuda=_conv_transpose_argmax)
 
 

@@ -1,7 +1,7 @@
 """What the kernels over cells share: geometry, lanes, labels, the bad-label record.
 
 1. Coordinates. Output row y reads the source coordinate s(y) = step (y + half) - half, half = 1/2,
-   or 0 with align_corners: rows floor(s), floor(s) + 1 with weights 1 - (s - floor(s)), s - floor(s).
+   or 0 with align_corners: rows f = floor(s) and f + 1 with weights 1 - (s - f) and s - f.
 2. A cell (i, j), i in [0, h], j in [0, w], is the set of output pixels with floor(s(y)) = i - 1 and
    floor(s(x)) = j - 1: all pixels between the same four samples. Cells 0, h (and 0, w) hold the
    pixels beyond the outermost samples, where the coordinate is clamped: all weight on one sample.
@@ -48,7 +48,7 @@ def cell_start(cell, samples, pixels, step, inverse_step, half):
     guess = (edge + half) * inverse_step - half
     y = tl.minimum(tl.maximum(guess, 0.0), pixels * 1.0).to(tl.int32) - 1
     y = tl.maximum(y, 0)
-    for _ in tl.static_range(3):  # the guess is at most one off, on either side
+    for _step in tl.static_range(3):  # the guess is at most one off, on either side
         y += tl.where((y < pixels) & (source(y, step, half) < edge), 1, 0)
     # A step of 0 (one row, or one sample, with align_corners): every pixel has coordinate 0.
     y = tl.where(inverse_step > 0, y, tl.where(cell <= 1, 0, pixels))
@@ -184,14 +184,18 @@ class Geometry:
 
 @functools.lru_cache(maxsize=256)
 def geometry(
-    h: int, w: int, H: int, W: int, align_corners: bool, scale_h: float | None, scale_w: float | None
+    h: int,
+    w: int,
+    H: int,
+    W: int,
+    align_corners: bool,
+    scale_h: float | None,
+    scale_w: float | None,
 ) -> Geometry:
     half = 0.0 if align_corners else 0.5
     step_h = _step(h, H, align_corners, scale_h)
     step_w = _step(w, W, align_corners, scale_w)
-    return Geometry(
-        step_h, step_w, half, _extent(h, H, step_h, half), _extent(w, W, step_w, half)
-    )
+    return Geometry(step_h, step_w, half, _extent(h, H, step_h, half), _extent(w, W, step_w, half))
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ class Lanes:
 def choose_lanes(geo: Geometry, rows: int, columns: int, num_warps: int = 1) -> Lanes:
     """Up to ``rows`` x ``columns`` pixels a lane; strips where a cell is wider."""
     power = triton.next_power_of_2
-    columns = min(columns, power(geo.cell_w))
+    columns = max(2, min(columns, power(geo.cell_w)))  # Triton 3.7 miscompiles [1, BLOCK]
     split = min(32, power(triton.cdiv(geo.cell_w, columns)))
     return Lanes(min(rows, power(geo.cell_h)), columns, split, num_warps)
 

@@ -7,14 +7,15 @@ Maths.
 
 Shapes. logits [N, C, h, w] fp16/bf16/fp32, any strides; labels [N, H, W] uint8, int32 or int64.
 
-Who owns what. A lane owns a cell, or a strip of it (common.py, 4): it loads four samples a class and
-keeps the best value and label of its ROWS x COLUMNS pixels in registers. No logit is written.
+Who owns what. A lane owns a cell, or a strip of it (common.py, 4): it loads four samples a class
+and keeps the best value and label of its ROWS x COLUMNS pixels in registers. No logit is written.
 
 Numerics. float32 whatever the dtype of the logits; ties are those of eq. 1. Offsets are int64.
 
 Source: torch.nn.functional.interpolate, torch.argmax.
 """
 
+# ruff: noqa: RUF005  (Triton has no (*a, b))
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def best_classes(
     """Labels (eq. 2) of rows y .. y + ROWS - 1: a tuple of int32 [COLUMNS, BLOCK]."""
     best = ()
     label = ()
-    for _ in tl.static_range(ROWS):
+    for _row in tl.static_range(ROWS):
         best = best + (tl.full([COLUMNS, BLOCK], float("-inf"), tl.float32),)
         label = label + (tl.zeros([COLUMNS, BLOCK], tl.int32),)
     for c in range(C):

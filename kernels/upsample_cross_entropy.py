@@ -6,8 +6,8 @@ Maths. A pixel i of cell (i, j) at row r, column k; x_c its four samples of clas
    then one multiplication per pixel
 3. l_i = A_i lse - sum_c b_ic z_c,  b_ic = (1-e) w_y [c = y] + (e/C) w_c,  A_i = sum_c b_ic
 4. gradient of a corner: sum_i v_corner (A_i exp(z_c - lse) - b_ic)
-5. sum_i v A_i exp(z_c - lse) = sum_k exp(a_ck) sum_r v (A/s)_kr exp(d_ck)^r: Horner's rule in r, and
-   its derivative for the factor r of v (v is linear in r, and in k)
+5. sum_i v A_i exp(z_c - lse) = sum_k exp(a_ck) sum_r v (A/s)_kr exp(d_ck)^r: Horner's rule in r,
+   and its derivative for the factor r of v (v is linear in r, and in k)
 6. sum_i v [y_i = c] follows from the moments (1, r, k, r k) of the pixels that carry label c; the
    same sums give sum_i z_y for eq. 3. Labels are packed in bytes (16 bits from 255 classes on) and
    compared four (two) at a time.
@@ -33,6 +33,7 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 201
 torch.nn.functional.interpolate and cross_entropy for the expression.
 """
 
+# ruff: noqa: RUF005  (Triton has no (*a, b))
 from __future__ import annotations
 
 import torch
@@ -168,9 +169,7 @@ def _upsample_cross_entropy_kernel(
     y0, rows, i0, i1, wy, dy = cell_axis(i, h, H, step_h, inverse_h, half)
     x0, columns, j0, j1, wx, dx = cell_axis(j, w, W, step_w, inverse_w, half)
     rows = tl.where(mask, rows, 0)
-    corners = corner_offsets(
-        n, i0, i1, j0, j1, stride_logits_n, stride_logits_h, stride_logits_w
-    )
+    corners = corner_offsets(n, i0, i1, j0, j1, stride_logits_n, stride_logits_h, stride_logits_w)
     kept = 1.0 - smoothing
     share = smoothing / C
 
@@ -216,10 +215,10 @@ def _upsample_cross_entropy_kernel(
 
     if PER_PIXEL or ONE_CLASS or plain:
         for group in range(most_rows * column_groups):
-            r = group % most_rows
+            row = group % most_rows
             column = (group // most_rows * SPLIT + strip)[None, :] * COLUMNS + k
-            here = (column < columns[None, :]) & (r < rows)[None, :]  # [COLUMNS, BLOCK]
-            y = (y0 + r).to(tl.int64)[None, :]
+            here = (column < columns[None, :]) & (row < rows)[None, :]  # [COLUMNS, BLOCK]
+            y = (y0 + row).to(tl.int64)[None, :]
             x = (x0[None, :] + column).to(tl.int64)
             offs = n[None, :] * stride_target_n + y * stride_target_h + x * stride_target_w
             label, bad = load_labels(target_ptr, offs, here, C, ignore_index)
@@ -229,9 +228,9 @@ def _upsample_cross_entropy_kernel(
             bad_index = tl.minimum(bad_index, tl.min(tl.where(bad, flat, common.NO_INDEX), 0))
             # Beyond the last sample both rows are the last one: the eager weights add to 1 there,
             # and 0 * inf arises only where the eager weight is 0.
-            at_end_y = tl.fma((y0 + r).to(tl.float32) + half, step_h, -(half + h - 1))
+            at_end_y = tl.fma((y0 + row).to(tl.float32) + half, step_h, -(half + h - 1))
             at_end_x = tl.fma(x.to(tl.float32) + half, step_w, -(half + w - 1))
-            grad_y = (wy + r * dy)[None, :]
+            grad_y = (wy + row * dy)[None, :]
             grad_x = wx[None, :] + column * dx[None, :]
             weight_y = tl.where((i == h)[None, :], at_end_y[None, :], grad_y)
             weight_x = tl.where((j == w)[None, :], at_end_x, grad_x)
@@ -349,9 +348,9 @@ def _upsample_cross_entropy_kernel(
                 word = tl.full([COLUMNS, BLOCK], -1, tl.int32)
                 for field in tl.static_range(PER_WORD):
                     if i_word * PER_WORD + field < ROWS:
-                        r = first_row + i_word * PER_WORD + field
-                        here = inside & (r < rows)[None, :]
-                        y = (y0 + r).to(tl.int64)[None, :]
+                        row = first_row + i_word * PER_WORD + field
+                        here = inside & (row < rows)[None, :]
+                        y = (y0 + row).to(tl.int64)[None, :]
                         offs = n[None, :] * stride_target_n + y * stride_target_h
                         offs += x * stride_target_w
                         label, bad = load_labels(target_ptr, offs, here, C, ignore_index)
@@ -364,7 +363,7 @@ def _upsample_cross_entropy_kernel(
 
             # pass 1 (eq. 2)
             sums = ()
-            for _ in tl.static_range(ROWS):
+            for _row in tl.static_range(ROWS):
                 sums = sums + (tl.zeros([COLUMNS, BLOCK], tl.float32),)
             for c in range(C):
                 samples = load_corners(logits_ptr, corners, c, stride_logits_c)
@@ -533,9 +532,9 @@ def _finish_kernel(
     tl.store(grad_ptr + offs, value, mask=mask)
 
 
-def tuned_lanes(geo: common.Geometry, num_classes: int) -> common.Lanes:
-    """Eight rows and as many columns as registers hold."""
-    return common.choose_lanes(geo, rows=8, columns=8 if num_classes < 255 else 4)
+def tuned_lanes(geo: common.Geometry) -> common.Lanes:
+    """Eight rows of as many columns as the registers hold: a sum, then a factor, for each pixel."""
+    return common.choose_lanes(geo, rows=8, columns=4)
 
 
 def _launch(
@@ -545,7 +544,7 @@ def _launch(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(loss, gradient) of the one kernel and the two small ones that gather."""
     (N, C, h, w), (H, W) = logits.shape, target.shape[1:]
-    lanes = tuned_lanes(geo, C)
+    lanes = tuned_lanes(geo)
     cells = N * (h + 1) * (w + 1)
     tiles = triton.cdiv(cells, lanes.cells)
     float32 = {"dtype": torch.float32, "device": logits.device}
@@ -609,7 +608,10 @@ def upsample_cross_entropy_forward(
         if none:
             return torch.empty_like(target, dtype=torch.float32), empty
         value = torch.full(
-            (), float("nan" if reduction == "mean" else 0), dtype=torch.float32, device=logits.device
+            (),
+            float("nan" if reduction == "mean" else 0),
+            dtype=torch.float32,
+            device=logits.device,
         )
         return value, torch.empty_like(logits, dtype=torch.float32) if compute_grad else empty
     geo = common.geometry(*logits.shape[2:], *target.shape[1:], align_corners, scale_h, scale_w)

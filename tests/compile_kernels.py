@@ -70,7 +70,9 @@ def resources(cubin: bytes) -> dict[str, int]:
         )
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", out.stdout + out.stderr)
     assert found is not None, out
-    return dict(zip(("registers", "stack", "shared", "local"), map(int, found.groups()), strict=True))
+    return dict(
+        zip(("registers", "stack", "shared", "local"), map(int, found.groups()), strict=True)
+    )
 
 
 def _arguments(kernel: Any, dtypes: dict[str, torch.dtype], **constexprs: Any) -> dict[str, Any]:
@@ -103,22 +105,23 @@ def _cross_entropy() -> Iterator[Configuration]:
         "PER_PIXEL": False, "BITS": 8, "WIDE": False,
     }  # fmt: skip
     cases = [
-        ("mean fp32 x8", torch.float32, torch.int64, {}, Lanes(8, 8, 1, 1)),
-        ("mean fp16 x8", torch.float16, torch.int64, {}, Lanes(8, 8, 1, 1)),
-        ("mean bf16 x8 uint8", torch.bfloat16, torch.uint8, {}, Lanes(8, 8, 1, 1)),
+        ("mean fp32 x8", torch.float32, torch.int64, {}, Lanes(8, 4, 2, 1)),
+        ("mean fp16 x8", torch.float16, torch.int64, {}, Lanes(8, 4, 2, 1)),
+        ("mean bf16 x8 uint8", torch.bfloat16, torch.uint8, {}, Lanes(8, 4, 2, 1)),
         ("mean fp32 x4", torch.float32, torch.int64, {}, Lanes(4, 4, 1, 1)),
-        ("mean fp32 x16", torch.float32, torch.int64, {}, Lanes(8, 8, 2, 1)),
-        ("mean fp32 x32", torch.float32, torch.int64, {}, Lanes(8, 8, 4, 1)),
-        ("mean fp32 down", torch.float32, torch.int64, {}, Lanes(1, 1, 1, 1)),
+        ("mean fp32 x16", torch.float32, torch.int64, {}, Lanes(8, 4, 4, 1)),
+        ("mean fp32 x32", torch.float32, torch.int64, {}, Lanes(8, 4, 8, 1)),
+        ("mean fp32 down", torch.float32, torch.int64, {}, Lanes(1, 2, 1, 1)),
         ("mean fp32 x8 C=1000", torch.float32, torch.int64, {"BITS": 16}, Lanes(8, 4, 2, 1)),
-        ("mean fp32 x8 weight", torch.float32, torch.int64, {"HAS_WEIGHT": True}, Lanes(8, 8, 1, 1)),
+        ("mean fp32 x8 weight", torch.float32, torch.int64, {"HAS_WEIGHT": True},
+         Lanes(8, 4, 2, 1)),
         ("mean fp32 x8 weight smoothing", torch.float32, torch.int64,
-         {"HAS_WEIGHT": True, "HAS_SMOOTHING": True}, Lanes(8, 8, 1, 1)),
-        ("loss only fp32 x8", torch.float32, torch.int64, {"WITH_GRAD": False}, Lanes(8, 8, 1, 1)),
+         {"HAS_WEIGHT": True, "HAS_SMOOTHING": True}, Lanes(8, 4, 2, 1)),
+        ("loss only fp32 x8", torch.float32, torch.int64, {"WITH_GRAD": False}, Lanes(8, 4, 2, 1)),
         ("none fp32 x8", torch.float32, torch.int64, {"PER_PIXEL": True, "WITH_GRAD": False},
-         Lanes(8, 8, 1, 1)),
+         Lanes(8, 4, 2, 1)),
         ("none backward fp32 x8", torch.float32, torch.int64, {"PER_PIXEL": True},
-         Lanes(8, 8, 1, 1)),
+         Lanes(8, 4, 2, 1)),
     ]  # fmt: skip
     for name, logits, labels, changes, lanes in cases:
         dtypes = {**LABELS, "logits_ptr": logits, "target_ptr": labels}
@@ -129,7 +132,8 @@ def _cross_entropy() -> Iterator[Configuration]:
 def _gathers() -> Iterator[Configuration]:
     for mean in (True, False):
         kernel = upsample_cross_entropy._reduce_kernel
-        yield "mean" if mean else "sum", kernel, _arguments(kernel, LABELS, MEAN=mean, BLOCK=1024), 64
+        arguments = _arguments(kernel, LABELS, MEAN=mean, BLOCK=1024)
+        yield "mean" if mean else "sum", kernel, arguments, 64
     kernel = upsample_cross_entropy._finish_kernel
     for name, stride_c in (("contiguous", 97), ("channels_last", 1)):
         arguments = _arguments(kernel, {}, HAS_SCALE=True, CELLS=32, WIDE=False, BLOCK=512)
@@ -150,7 +154,7 @@ def _argmax() -> Iterator[Configuration]:
         ("bf16 x8 uint8", torch.bfloat16, torch.uint8, Lanes(8, 4, 2, 1)),
         ("fp32 x4 int32", torch.float32, torch.int32, Lanes(4, 4, 1, 1)),
         ("fp32 x32 int64", torch.float32, torch.int64, Lanes(8, 4, 8, 1)),
-        ("fp32 down int64", torch.float32, torch.int64, Lanes(1, 1, 1, 1)),
+        ("fp32 down int64", torch.float32, torch.int64, Lanes(1, 2, 1, 1)),
     ]
     for name, logits, labels, lanes in cases:
         dtypes = {"logits_ptr": logits, "label_ptr": labels}
