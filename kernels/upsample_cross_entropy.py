@@ -346,19 +346,19 @@ def _upsample_cross_entropy_kernel(
             words = ()
             for i_word in tl.static_range((ROWS + PER_WORD - 1) // PER_WORD):
                 word = tl.full([COLUMNS, BLOCK], -1, tl.int32)
-                for field in tl.static_range(PER_WORD):
-                    if i_word * PER_WORD + field < ROWS:
-                        row = first_row + i_word * PER_WORD + field
-                        here = inside & (row < rows)[None, :]
-                        y = (y0 + row).to(tl.int64)[None, :]
-                        offs = n[None, :] * stride_target_n + y * stride_target_h
-                        offs += x * stride_target_w
-                        label, bad = load_labels(target_ptr, offs, here, C, ignore_index)
-                        word ^= ((label ^ -1) & FIELD) << (BITS * field)
-                        bad_count += tl.sum(tl.where(bad, 1, 0), 0)
-                        flat = (n[None, :] * H + y) * W + x
-                        flat = tl.where(bad, flat, common.NO_INDEX)
-                        bad_index = tl.minimum(bad_index, tl.min(flat, 0))
+                # a loop, not unrolled: the loads of a whole cell in flight would take the registers
+                for field in range(min(PER_WORD, ROWS)):
+                    row = first_row + i_word * PER_WORD + field
+                    here = inside & (row < rows)[None, :]
+                    y = (y0 + row).to(tl.int64)[None, :]
+                    offs = n[None, :] * stride_target_n + y * stride_target_h
+                    offs += x * stride_target_w
+                    label, bad = load_labels(target_ptr, offs, here, C, ignore_index)
+                    word ^= ((label ^ -1) & FIELD) << (BITS * field)
+                    bad_count += tl.sum(tl.where(bad, 1, 0), 0)
+                    flat = (n[None, :] * H + y) * W + x
+                    flat = tl.where(bad, flat, common.NO_INDEX)
+                    bad_index = tl.minimum(bad_index, tl.min(flat, 0))
                 words = words + (word,)
 
             # pass 1 (eq. 2)
