@@ -61,9 +61,10 @@ def cell_axis(cell, samples, pixels, step, inverse_step, half):
     start = cell_start(cell, samples, pixels, step, inverse_step, half)
     count = cell_start(cell + 1, samples, pixels, step, inverse_step, half) - start
     weight = tl.fma(start.to(tl.float32) + half, step, -(half + (cell - 1).to(tl.float32)))
-    inside = (cell > 0) & (cell < samples)
+    # An empty cell (downsampling) starts beyond itself: no weight outside [0, 1] may arise.
+    inside = (cell > 0) & (cell < samples) & (count > 0)
     weight = tl.where(inside, weight, tl.where(cell == 0, 1.0, 0.0))
-    slope = tl.where(inside, step, 0.0)
+    slope = tl.where(inside & (count > 1), step, 0.0)
     # Before the first sample the weight lies on sample 0; the other one still has weight 0, not no
     # part, as in the eager expression: 0 * inf is NaN there too.
     first = tl.where(cell == 0, tl.minimum(1, samples - 1), cell - 1)
@@ -241,6 +242,15 @@ def add_bad_labels(
         count, index, count.numel(), target, kept, kept, target.shape[1], target.shape[2],
         *target.stride(), HAS_INVALID=invalid is not None, BLOCK=1024,
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def capability(device: torch.device) -> int:
+    """90 for sm_90; the interpreter stands for that one."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def device_of(tensor: Tensor) -> torch.cuda.device:

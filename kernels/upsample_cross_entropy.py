@@ -532,9 +532,15 @@ def _finish_kernel(
     tl.store(grad_ptr + offs, value, mask=mask)
 
 
-def tuned_lanes(geo: common.Geometry) -> common.Lanes:
-    """Eight rows of as many columns as the registers hold: a sum, then a factor, for each pixel."""
-    return common.choose_lanes(geo, rows=8, columns=4)
+def tuned_lanes(
+    geo: common.Geometry, num_classes: int, weighted_smoothing: bool, capability: int
+) -> common.Lanes:
+    """As many pixels a lane as its registers hold: a sum, then a factor, for each.
+
+    Eight rows spill before Ampere, with both weights and smoothing, and with 16-bit labels.
+    """
+    small = capability < 80 or weighted_smoothing or num_classes >= 255
+    return common.choose_lanes(geo, rows=4 if small else 8, columns=4)
 
 
 def _launch(
@@ -544,7 +550,8 @@ def _launch(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(loss, gradient) of the one kernel and the two small ones that gather."""
     (N, C, h, w), (H, W) = logits.shape, target.shape[1:]
-    lanes = tuned_lanes(geo)
+    weighted_smoothing = weight is not None and label_smoothing > 0
+    lanes = tuned_lanes(geo, C, weighted_smoothing, common.capability(logits.device))
     cells = N * (h + 1) * (w + 1)
     tiles = triton.cdiv(cells, lanes.cells)
     float32 = {"dtype": torch.float32, "device": logits.device}

@@ -98,42 +98,50 @@ def _arguments(kernel: Any, dtypes: dict[str, torch.dtype], **constexprs: Any) -
 LABELS = {"bad_count_ptr": torch.int32, "bad_index_ptr": torch.int64}
 
 
-def _cross_entropy() -> Iterator[Configuration]:
+def _geometry(factor: float) -> common.Geometry:
+    return common.geometry(96, 96, int(96 * factor), int(96 * factor), False, None, None)
+
+
+def _cross_entropy(arch: int) -> Iterator[Configuration]:
     kernel = upsample_cross_entropy._upsample_cross_entropy_kernel
     plain = {
         "HAS_WEIGHT": False, "HAS_SMOOTHING": False, "ONE_CLASS": False, "WITH_GRAD": True,
-        "PER_PIXEL": False, "BITS": 8, "WIDE": False,
+        "PER_PIXEL": False, "WIDE": False,
     }  # fmt: skip
-    cases = [
-        ("mean fp32 x8", torch.float32, torch.int64, {}, Lanes(8, 4, 2, 1)),
-        ("mean fp16 x8", torch.float16, torch.int64, {}, Lanes(8, 4, 2, 1)),
-        ("mean bf16 x8 uint8", torch.bfloat16, torch.uint8, {}, Lanes(8, 4, 2, 1)),
-        ("mean fp32 x4", torch.float32, torch.int64, {}, Lanes(4, 4, 1, 1)),
-        ("mean fp32 x16", torch.float32, torch.int64, {}, Lanes(8, 4, 4, 1)),
-        ("mean fp32 x32", torch.float32, torch.int64, {}, Lanes(8, 4, 8, 1)),
-        ("mean fp32 down", torch.float32, torch.int64, {}, Lanes(1, 2, 1, 1)),
-        ("mean fp32 x8 C=1000", torch.float32, torch.int64, {"BITS": 16}, Lanes(8, 4, 2, 1)),
-        ("mean fp32 x8 weight", torch.float32, torch.int64, {"HAS_WEIGHT": True},
-         Lanes(8, 4, 2, 1)),
-        ("mean fp32 x8 weight smoothing", torch.float32, torch.int64,
-         {"HAS_WEIGHT": True, "HAS_SMOOTHING": True}, Lanes(8, 4, 2, 1)),
-        ("loss only fp32 x8", torch.float32, torch.int64, {"WITH_GRAD": False}, Lanes(8, 4, 2, 1)),
-        ("none fp32 x8", torch.float32, torch.int64, {"PER_PIXEL": True, "WITH_GRAD": False},
-         Lanes(8, 4, 2, 1)),
-        ("none backward fp32 x8", torch.float32, torch.int64, {"PER_PIXEL": True},
-         Lanes(8, 4, 2, 1)),
+    fp32, int64 = torch.float32, torch.int64
+    cases: list[tuple[str, torch.dtype, torch.dtype, dict[str, bool], float, int]] = [
+        ("mean fp32 x8", fp32, int64, {}, 8, 19),
+        ("mean fp16 x8", torch.float16, int64, {}, 8, 19),
+        ("mean bf16 x8 uint8", torch.bfloat16, torch.uint8, {}, 8, 19),
+        ("mean fp32 x4", fp32, int64, {}, 4, 19),
+        ("mean fp32 x16", fp32, int64, {}, 16, 21),
+        ("mean fp32 x32", fp32, int64, {}, 32, 21),
+        ("mean fp32 down", fp32, int64, {}, 0.5, 19),
+        ("mean fp32 x8 C=150", fp32, int64, {}, 8, 150),
+        ("mean fp32 x8 C=1000", fp32, int64, {}, 8, 1000),
+        ("mean fp32 x8 weight", fp32, int64, {"HAS_WEIGHT": True}, 8, 19),
+        ("mean fp32 x8 smoothing", fp32, int64, {"HAS_SMOOTHING": True}, 8, 19),
+        ("mean fp32 x8 weight smoothing", fp32, int64,
+         {"HAS_WEIGHT": True, "HAS_SMOOTHING": True}, 8, 19),
+        ("loss only fp32 x8", fp32, int64, {"WITH_GRAD": False}, 8, 19),
+        ("none fp32 x8", fp32, int64, {"PER_PIXEL": True, "WITH_GRAD": False}, 8, 19),
+        ("none backward fp32 x8", fp32, int64, {"PER_PIXEL": True}, 8, 19),
     ]  # fmt: skip
-    for name, logits, labels, changes, lanes in cases:
+    for name, logits, labels, changes, factor, num_classes in cases:
         dtypes = {**LABELS, "logits_ptr": logits, "target_ptr": labels}
-        arguments = _arguments(kernel, dtypes, **plain, **lanes.constexprs()) | changes
-        yield name, kernel, arguments, 255
+        lanes = upsample_cross_entropy.tuned_lanes(
+            _geometry(factor), num_classes, len(changes) == 2 and "PER_PIXEL" not in changes, arch
+        )
+        bits = 8 if num_classes < 255 else 16
+        arguments = _arguments(kernel, dtypes, BITS=bits, **plain, **lanes.constexprs()) | changes
+        yield name, kernel, arguments, 240
 
 
 def _gathers() -> Iterator[Configuration]:
     for mean in (True, False):
         kernel = upsample_cross_entropy._reduce_kernel
         arguments = _arguments(kernel, LABELS, MEAN=mean, BLOCK=1024)
-        yield "mean" if mean else "sum", kernel, arguments, 64
+        yield "mean" if mean else "sum", kernel, arguments, 80
     kernel = upsample_cross_entropy._finish_kernel
     for name, stride_c in (("contiguous", 97), ("channels_last", 1)):
         arguments = _arguments(kernel, {}, HAS_SCALE=True, CELLS=32, WIDE=False, BLOCK=512)
@@ -159,7 +167,7 @@ def _argmax() -> Iterator[Configuration]:
     for name, logits, labels, lanes in cases:
         dtypes = {"logits_ptr": logits, "label_ptr": labels}
         arguments = _arguments(kernel, dtypes, WIDE=False, **lanes.constexprs())
-        yield name, kernel, arguments | {"stride_w": 1}, 168
+        yield name, kernel, arguments | {"stride_w": 1}, 208
 
 
 def _confusion_matrix() -> Iterator[Configuration]:
@@ -181,8 +189,8 @@ def _confusion_matrix() -> Iterator[Configuration]:
     yield "copies", kernel, _arguments(kernel, dtypes, BLOCK=256), 64
 
 
-def configurations() -> Iterator[Configuration]:
-    yield from _cross_entropy()
+def configurations(arch: int) -> Iterator[Configuration]:
+    yield from _cross_entropy(arch)
     yield from _gathers()
     yield from _argmax()
     yield from _confusion_matrix()
@@ -202,7 +210,7 @@ def main() -> int:
     for arch in ARCHS:
         driver.set_active(FakeDriver(arch))
         seen: set[str] = set()
-        for name, kernel, arguments, max_registers in configurations():
+        for name, kernel, arguments, max_registers in configurations(arch):
             kernel_name = kernel.fn.__name__
             if not every and arch not in ALL_CONFIGURATIONS and kernel_name in seen:
                 continue
