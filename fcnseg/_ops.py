@@ -137,9 +137,7 @@ def _upsample_cross_entropy_cuda(
         from fcnseg.kernels.upsample_cross_entropy import upsample_cross_entropy_forward
 
         record = _labels.device_record(logits.device)
-        result = upsample_cross_entropy_forward(
-            logits, target, weight, ignore_index, *args, record=record
-        )
+        result = upsample_cross_entropy_forward(logits, target, weight, ignore_index, *args, record)
         _labels.check_now(logits.device)
         return result
     result = _upsample_cross_entropy(logits, target, weight, ignore_index, *args)
@@ -160,7 +158,7 @@ def _upsample_cross_entropy_backward_cuda(
     from fcnseg.kernels.upsample_cross_entropy import upsample_cross_entropy_backward
 
     record = _labels.device_record(logits.device)
-    return upsample_cross_entropy_backward(grad_output, logits, target, *args, record=record)
+    return upsample_cross_entropy_backward(grad_output, logits, target, *args, record)
 
 
 def _conv_transpose_cross_entropy(
@@ -378,8 +376,10 @@ def _upsample_confusion_matrix_cuda(
 ) -> None:
     geometry = (align_corners, scale_h, scale_w)
     if not _use_triton(logits, target.shape[1:]):
-        update = _through_labels(_confusion_matrix_cuda)
-        return update(matrix, logits, target, ignore_index, *geometry, invalid)
+        _through_labels(_confusion_matrix_cuda)(
+            matrix, logits, target, ignore_index, *geometry, invalid
+        )
+        return
     from fcnseg.kernels.upsample_confusion_matrix import upsample_confusion_matrix_forward_
 
     record = _labels.device_record(logits.device)

@@ -216,15 +216,19 @@ def _upsample_cross_entropy_kernel(
     if PER_PIXEL or ONE_CLASS or plain:
         for group in range(most_rows * column_groups):
             row = group % most_rows
-            column = (group // most_rows * SPLIT + strip)[None, :] * COLUMNS + k
-            here = (column < columns[None, :]) & (row < rows)[None, :]  # [COLUMNS, BLOCK]
-            y = (y0 + row).to(tl.int64)[None, :]
-            x = (x0[None, :] + column).to(tl.int64)
-            offs = n[None, :] * stride_target_n + y * stride_target_h + x * stride_target_w
+            # sums in one dimension first: Triton 3.7 mixes up [1, BLOCK] values that both branches
+            # share when it changes their layout
+            first_column = (group // most_rows * SPLIT + strip) * COLUMNS
+            column = first_column[None, :] + k
+            left = tl.where(row < rows, columns - first_column, 0)
+            here = k < left[None, :]  # [COLUMNS, BLOCK]
+            y = (y0 + row).to(tl.int64)
+            x = (x0 + first_column)[None, :].to(tl.int64) + k
+            offs = (n * stride_target_n + y * stride_target_h)[None, :] + x * stride_target_w
             label, bad = load_labels(target_ptr, offs, here, C, ignore_index)
             valid = label >= 0
             bad_count += tl.sum(tl.where(bad, 1, 0), 0)
-            flat = (n[None, :] * H + y) * W + x
+            flat = ((n * H + y) * W)[None, :] + x
             bad_index = tl.minimum(bad_index, tl.min(tl.where(bad, flat, common.NO_INDEX), 0))
             # Beyond the last sample both rows are the last one: the eager weights add to 1 there,
             # and 0 * inf arises only where the eager weight is 0.
@@ -273,11 +277,8 @@ def _upsample_cross_entropy_kernel(
             upstream = tl.full([COLUMNS, BLOCK], 1.0, tl.float32)
             if PER_PIXEL:
                 if WITH_GRAD:
-                    offs = (
-                        n[None, :] * stride_upstream_n
-                        + y * stride_upstream_h
-                        + x * stride_upstream_w
-                    )
+                    offs = (n * stride_upstream_n + y * stride_upstream_h)[None, :]
+                    offs += x * stride_upstream_w
                     upstream = tl.load(upstream_ptr + offs, mask=here, other=0.0).to(tl.float32)
                     upstream = tl.where(valid, upstream, 0.0)
                     upstream = tl.where(bad, float("nan"), upstream)
@@ -335,13 +336,12 @@ def _upsample_cross_entropy_kernel(
             first_row = group % row_groups * ROWS
             first_column = (group // row_groups * SPLIT + strip) * COLUMNS
             column = first_column[None, :] + k
-            inside = column < columns[None, :]
             # columns past the cell repeat its last one: their factors are 0, and 0 * inf is not
             last = tl.maximum(columns - 1, 0)[None, :]
             weight_x = wx[None, :] + tl.minimum(column, last) * dx[None, :]
             group_wy = wy + first_row * dy
             group_wx = wx + first_column * dx
-            x = (x0[None, :] + column).to(tl.int64)
+            x = (x0 + first_column)[None, :].to(tl.int64) + k
 
             words = ()
             for i_word in tl.static_range((ROWS + PER_WORD - 1) // PER_WORD):
@@ -349,14 +349,14 @@ def _upsample_cross_entropy_kernel(
                 # a loop, not unrolled: the loads of a whole cell in flight would take the registers
                 for field in range(min(PER_WORD, ROWS)):
                     row = first_row + i_word * PER_WORD + field
-                    here = inside & (row < rows)[None, :]
-                    y = (y0 + row).to(tl.int64)[None, :]
-                    offs = n[None, :] * stride_target_n + y * stride_target_h
+                    here = k < tl.where(row < rows, columns - first_column, 0)[None, :]
+                    y = (y0 + row).to(tl.int64)
+                    offs = (n * stride_target_n + y * stride_target_h)[None, :]
                     offs += x * stride_target_w
                     label, bad = load_labels(target_ptr, offs, here, C, ignore_index)
                     word ^= ((label ^ -1) & FIELD) << (BITS * field)
                     bad_count += tl.sum(tl.where(bad, 1, 0), 0)
-                    flat = (n[None, :] * H + y) * W + x
+                    flat = ((n * H + y) * W)[None, :] + x
                     flat = tl.where(bad, flat, common.NO_INDEX)
                     bad_index = tl.minimum(bad_index, tl.min(flat, 0))
                 words = words + (word,)
@@ -540,7 +540,8 @@ def tuned_lanes(
     Eight rows spill before Ampere, with both weights and smoothing, and with 16-bit labels.
     """
     small = capability < 80 or weighted_smoothing or num_classes >= 255
-    return common.choose_lanes(geo, rows=4 if small else 8, columns=4)
+    columns = 2 if capability < 80 and weighted_smoothing else 4
+    return common.choose_lanes(geo, rows=4 if small else 8, columns=columns)
 
 
 def _launch(

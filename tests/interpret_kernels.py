@@ -65,9 +65,7 @@ def check_loss(
     record = make_record()
     wide = logits.double(), target, None if weight is None else weight.double()
     flat = logits.float(), target, weight
-    loss, gradient = upsample_cross_entropy_forward(
-        logits, target, weight, *args, True, record=record
-    )
+    loss, gradient = upsample_cross_entropy_forward(logits, target, weight, *args, True, record)
     expected = reference.upsample_cross_entropy(*wide, *args, True)
     eager = reference.upsample_cross_entropy(*flat, *args, True)
     assert loss.dtype == torch.float32
@@ -77,16 +75,14 @@ def check_loss(
         assert gradient.stride() == torch.empty_like(logits).stride()
         close(gradient, expected[1], eager[1])
         loss_alone, empty = upsample_cross_entropy_forward(
-            logits, target, weight, *args, False, record=record
+            logits, target, weight, *args, False, record
         )
         assert empty.numel() == 0
         assert torch.equal(loss_alone, loss)
     else:
         upstream = torch.randn(target.shape)
         args = (ignore_index, smoothing, *geometry)
-        gradient = upsample_cross_entropy_backward(
-            upstream, logits, target, weight, *args, record=record
-        )
+        gradient = upsample_cross_entropy_backward(upstream, logits, target, weight, *args, record)
         expected_gradient = reference.upsample_cross_entropy_backward(
             upstream.double(), *wide, *args
         )
@@ -150,7 +146,7 @@ def test_one_class_is_exactly_zero() -> None:
     logits = torch.randn(1, 1, 2, 2)
     target = torch.zeros(1, 8, 8, dtype=torch.int64)
     loss, gradient = upsample_cross_entropy_forward(
-        logits, target, torch.rand(1), 255, "mean", 0.3, *PLAIN, True, record=make_record()
+        logits, target, torch.rand(1), 255, "mean", 0.3, *PLAIN, True, make_record()
     )
     assert loss == 0
     assert not gradient.any()
@@ -201,7 +197,7 @@ def test_all_ignored_and_empty_batch() -> None:
         for batch in (1, 0):
             loss, gradient = upsample_cross_entropy_forward(
                 logits[:batch], target[:batch], None, 255, reduction, 0.0, *PLAIN, True,
-                record=make_record(),
+                make_record(),
             )  # fmt: skip
             torch.testing.assert_close(loss.item(), value, equal_nan=True)
             assert gradient.shape == logits[:batch].shape
@@ -215,12 +211,12 @@ def test_bad_label_of_a_scalar_loss() -> None:
     target[1, 7, 0] = -1
     record = make_record()
     args = (None, 255, "sum", 0.0, *PLAIN, True)
-    loss, gradient = upsample_cross_entropy_forward(logits, target, *args, record=record)
+    loss, gradient = upsample_cross_entropy_forward(logits, target, *args, record)
     assert loss.isnan()
     assert gradient.isnan().all()
     assert record.tolist() == [2, 2**32 + 1, 1, 2, 5]
     target[1, 2, 5] = 0
-    upsample_cross_entropy_forward(logits, target, *args, record=record)
+    upsample_cross_entropy_forward(logits, target, *args, record)
     assert record.tolist() == [3, 2**32 + 1, 1, 2, 5]  # the first one stays
 
 
@@ -229,12 +225,12 @@ def test_bad_label_of_pixel_losses() -> None:
     target[0, 6, 7] = 3  # between samples 1 and 2, downwards and across
     record = make_record()
     loss, _ = upsample_cross_entropy_forward(
-        logits, target, None, 255, "none", 0.0, *PLAIN, True, record=record
+        logits, target, None, 255, "none", 0.0, *PLAIN, True, record
     )
     assert loss.isnan().nonzero().tolist() == [[0, 6, 7]]
     assert record.tolist() == [1, 3, 0, 6, 7]
     gradient = upsample_cross_entropy_backward(
-        torch.ones(1, 16, 16), logits, target, None, 255, 0.0, *PLAIN, record=record
+        torch.ones(1, 16, 16), logits, target, None, 255, 0.0, *PLAIN, record
     )
     expected = torch.zeros(4, 4, dtype=torch.bool)
     expected[1:3, 1:3] = True
@@ -247,7 +243,7 @@ def test_not_finite_logits(value: float) -> None:
     logits, target = make_case(1, 3, 3, 3, 12, 12)
     logits[0, 1, 1, 2] = value
     args = (None, 255, "sum", 0.0, *PLAIN, True)
-    loss, gradient = upsample_cross_entropy_forward(logits, target, *args, record=make_record())
+    loss, gradient = upsample_cross_entropy_forward(logits, target, *args, make_record())
     eager = reference.upsample_cross_entropy(logits, target, *args)
     assert loss.isnan() or not eager[0].isnan()
     # Eager also adds 0 * NaN of border pixels to samples that they do not touch: not repeated for
@@ -278,9 +274,7 @@ def test_confusion_matrix(num_classes: int, counted: bool) -> None:
     prediction = reference.upsample_argmax(logits, (12, 15), *PLAIN, torch.int64)
     reference.confusion_matrix_(expected, prediction, target, 255)
     record, invalid = make_record(), torch.ones(1, dtype=torch.int64) if counted else None
-    upsample_confusion_matrix_forward_(
-        matrix, logits, target, 255, *PLAIN, record=record, invalid=invalid
-    )
+    upsample_confusion_matrix_forward_(matrix, logits, target, 255, *PLAIN, record, invalid)
     assert torch.equal(matrix, expected)
     assert record.tolist() == ([0] * 5 if counted else [1, num_classes, 1, 3, 4])
     assert invalid is None or invalid.item() == 2
