@@ -134,7 +134,7 @@ def _cross_entropy(arch: int) -> Iterator[Configuration]:
         )
         bits = 8 if num_classes < 255 else 16
         arguments = _arguments(kernel, dtypes, BITS=bits, **plain, **lanes.constexprs()) | changes
-        yield name, kernel, arguments, 240
+        yield name, kernel, arguments, 255
 
 
 def _gathers() -> Iterator[Configuration]:
