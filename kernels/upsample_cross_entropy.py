@@ -533,14 +533,18 @@ def _finish_kernel(
 
 
 def tuned_lanes(
-    geo: common.Geometry, num_classes: int, weighted_smoothing: bool, capability: int
+    geo: common.Geometry,
+    num_classes: int,
+    weighted_smoothing: bool,
+    pixel_backward: bool,
+    capability: int,
 ) -> common.Lanes:
     """As many pixels a lane as its registers hold: a sum, then a factor, for each.
 
     Eight rows spill before Ampere, with both weights and smoothing, and with 16-bit labels.
     """
     small = capability < 80 or weighted_smoothing or num_classes >= 255
-    columns = 2 if capability < 80 and weighted_smoothing else 4
+    columns = 2 if pixel_backward or (capability < 80 and weighted_smoothing) else 4
     return common.choose_lanes(geo, rows=4 if small else 8, columns=columns)
 
 
@@ -552,7 +556,8 @@ def _launch(
     """(loss, gradient) of the one kernel and the two small ones that gather."""
     (N, C, h, w), (H, W) = logits.shape, target.shape[1:]
     weighted_smoothing = weight is not None and label_smoothing > 0
-    lanes = tuned_lanes(geo, C, weighted_smoothing, common.capability(logits.device))
+    arch = common.capability(logits.device)
+    lanes = tuned_lanes(geo, C, weighted_smoothing, per_pixel and with_grad, arch)
     cells = N * (h + 1) * (w + 1)
     tiles = triton.cdiv(cells, lanes.cells)
     float32 = {"dtype": torch.float32, "device": logits.device}

@@ -130,7 +130,11 @@ def _cross_entropy(arch: int) -> Iterator[Configuration]:
     for name, logits, labels, changes, factor, num_classes in cases:
         dtypes = {**LABELS, "logits_ptr": logits, "target_ptr": labels}
         lanes = upsample_cross_entropy.tuned_lanes(
-            _geometry(factor), num_classes, len(changes) == 2 and "PER_PIXEL" not in changes, arch
+            _geometry(factor),
+            num_classes,
+            "HAS_WEIGHT" in changes and "HAS_SMOOTHING" in changes,
+            changes == {"PER_PIXEL": True},
+            arch,
         )
         bits = 8 if num_classes < 255 else 16
         arguments = _arguments(kernel, dtypes, BITS=bits, **plain, **lanes.constexprs()) | changes
