@@ -1,9 +1,10 @@
 """Registration: schemas, implementations per device, fake kernels, autograd.
 
-The dispatcher chooses the implementation. Tensors run the compiled operator of the namespace
-``fcnseg_cpu`` or ``fcnseg_cuda`` where there is one; everything else runs ``reference.py``.
-A CPU implementation raises IndexError for a bad label before anything is written; a CUDA
-implementation records it on the device (``_labels.py``).
+The dispatcher chooses the implementation. CPU tensors run the compiled operator of the namespace
+``fcnseg_cpu`` where there is one; CUDA tensors run that of ``fcnseg_cuda`` or the Triton kernels of
+``fcnseg.kernels``, imported at the first such call; everything else runs ``reference.py``. A CPU
+implementation raises IndexError for a bad label before anything is written; a CUDA implementation
+records it on the device (``_labels.py``).
 
 A loss returns ``(loss, gradient)``. The gradient of a scalar reduction is made in the forward
 pass, when ``compute_grad`` says that it will be wanted (a compiled graph cannot see that), stays in
@@ -13,6 +14,7 @@ the arithmetic's dtype and is scaled into a new tensor by ``scale_gradient``, on
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -98,6 +100,15 @@ def _register(
         _implementations[name] = {"cpu": kind, "cuda": cuda_kind}
 
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_triton_kind = "triton" if _HAS_TRITON else "reference"
+
+
+def _use_triton(logits: Tensor, size: Sequence[int]) -> bool:
+    """The kernels take every case but float64; their float32 coordinates are exact below 2^22."""
+    return _HAS_TRITON and logits.dtype != torch.float64 and max(*logits.shape[2:], *size) < 2**22
+
+
 def _with_strides_of(gradient: Tensor, tensor: Tensor) -> Tensor:
     """``gradient`` laid out as ``tensor`` (as the fake kernels promise); a copy only if needed."""
     if gradient.numel() == 0:
@@ -125,6 +136,13 @@ def _upsample_cross_entropy_cpu(
 def _upsample_cross_entropy_cuda(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, *args: Any
 ) -> tuple[Tensor, Tensor]:
+    if _use_triton(logits, target.shape[1:]):
+        from fcnseg.kernels.upsample_cross_entropy import upsample_cross_entropy_forward
+
+        record = _labels.device_record(logits.device)
+        result = upsample_cross_entropy_forward(logits, target, weight, ignore_index, *args, record)
+        _labels.check_now(logits.device)
+        return result
     result = _upsample_cross_entropy(logits, target, weight, ignore_index, *args)
     _record_bad_labels(target, _labels.bad_mask(target, logits.shape[1], ignore_index))
     return result
@@ -153,6 +171,17 @@ def _raise_reported(name: str, bad_label: Tensor, num_classes: int) -> None:
 def _upsample_cross_entropy_backward(grad_output: Tensor, logits: Tensor, *args: Any) -> Tensor:
     gradient = reference.upsample_cross_entropy_backward(grad_output, logits, *args)
     return _with_strides_of(gradient, logits)
+
+
+def _upsample_cross_entropy_backward_cuda(
+    grad_output: Tensor, logits: Tensor, target: Tensor, *args: Any
+) -> Tensor:
+    if not _use_triton(logits, target.shape[1:]):
+        return _upsample_cross_entropy_backward(grad_output, logits, target, *args)
+    from fcnseg.kernels.upsample_cross_entropy import upsample_cross_entropy_backward
+
+    record = _labels.device_record(logits.device)
+    return upsample_cross_entropy_backward(grad_output, logits, target, *args, record)
 
 
 def _conv_transpose_cross_entropy(
@@ -227,12 +256,13 @@ _register(
     compiled=_upsample_cross_entropy_compiled,
     cpu=_upsample_cross_entropy_cpu,
     cuda=_upsample_cross_entropy_cuda,
+    cuda_kind=_triton_kind,
 )
 _register(
     "upsample_cross_entropy_backward",
     compiled=_upsample_cross_entropy_backward_compiled,
     cpu=_upsample_cross_entropy_backward,
-    cuda=_upsample_cross_entropy_backward,
+    cuda=_upsample_cross_entropy_backward_cuda,
 )
 _register(
     "conv_transpose_cross_entropy",
@@ -252,6 +282,14 @@ _register("scale_gradient", cpu=_scale_gradient, cuda=_scale_gradient)
 
 def _upsample_argmax(*args: Any) -> Tensor:
     return reference.upsample_argmax(*args).contiguous()
+
+
+def _upsample_argmax_cuda(logits: Tensor, size: Sequence[int], *args: Any) -> Tensor:
+    if not _use_triton(logits, size):
+        return _upsample_argmax(logits, size, *args)
+    from fcnseg.kernels.upsample_argmax import upsample_argmax_forward
+
+    return upsample_argmax_forward(logits, size, *args)
 
 
 def _conv_transpose_argmax(*args: Any) -> Tensor:
@@ -276,7 +314,8 @@ _register(
     "upsample_argmax",
     compiled=_upsample_argmax_compiled,
     cpu=_upsample_argmax,
-    cuda=_upsample_argmax,
+    cuda=_upsample_argmax_cuda,
+    cuda_kind=_triton_kind,
 )
 _register("conv_transpose_argmax", cpu=_conv_transpose_argmax, cuda=_conv_transpose_argmax)
 
@@ -409,6 +448,32 @@ def _through_labels(update: Callable[..., None]) -> Callable[..., None]:
     return upsample_confusion_matrix_
 
 
+def _upsample_confusion_matrix_cuda(
+    matrix: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    align_corners: bool,
+    scale_h: float | None,
+    scale_w: float | None,
+    invalid: Tensor | None = None,
+) -> None:
+    geometry = (align_corners, scale_h, scale_w)
+    if not _use_triton(logits, target.shape[1:]):
+        _through_labels(_confusion_matrix_cuda)(
+            matrix, logits, target, ignore_index, *geometry, invalid
+        )
+        return
+    from fcnseg.kernels.upsample_confusion_matrix import upsample_confusion_matrix_forward_
+
+    record = _labels.device_record(logits.device)
+    upsample_confusion_matrix_forward_(
+        matrix, logits, target, ignore_index, *geometry, record, invalid
+    )
+    if invalid is None:
+        _labels.check_now(logits.device)
+
+
 def _upsample_from_zeros(update: Callable[..., None]) -> Callable[..., Tensor]:
     def upsample_confusion_matrix(logits: Tensor, *args: Any) -> Tensor:
         matrix = _upsample_confusion_matrix_fake(logits, *args).zero_()
@@ -473,13 +538,15 @@ _register(
     "upsample_confusion_matrix_",
     compiled=_upsample_confusion_matrix_compiled,
     cpu=_through_labels(_confusion_matrix_cpu),
-    cuda=_through_labels(_confusion_matrix_cuda),
+    cuda=_upsample_confusion_matrix_cuda,
+    cuda_kind=_triton_kind,
 )
 _register(
     "upsample_confusion_matrix",
     compiled=_upsample_from_zeros(_upsample_confusion_matrix_compiled),
     cpu=_upsample_from_zeros(_through_labels(_confusion_matrix_cpu)),
-    cuda=_upsample_from_zeros(_through_labels(_confusion_matrix_cuda)),
+    cuda=_upsample_from_zeros(_upsample_confusion_matrix_cuda),
+    cuda_kind=_triton_kind,
 )
 
 

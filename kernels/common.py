@@ -1,0 +1,258 @@
+"""What the kernels over cells share: geometry, lanes, labels, the bad-label record.
+
+1. Coordinates. Output row y reads the source coordinate s(y) = step (y + half) - half, half = 1/2,
+   or 0 with align_corners: rows f = floor(s) and f + 1 with weights 1 - (s - f) and s - f.
+2. A cell (i, j), i in [0, h], j in [0, w], is the set of output pixels with floor(s(y)) = i - 1 and
+   floor(s(x)) = j - 1: all pixels between the same four samples. Cells 0, h (and 0, w) hold the
+   pixels beyond the outermost samples, where the coordinate is clamped: all weight on one sample.
+   start(i) = min {y : s(y) >= i - 1}; cell i holds rows start(i) .. start(i + 1) - 1.
+   s is one fused multiply-add, so every program sees the same, monotonic s and no pixel is lost.
+3. Inside a cell the weight of the lower sample is linear: weight + r slope for the r-th row.
+4. Lanes. Cells are numbered along rows, then images; a program takes BLOCK / SPLIT consecutive
+   cells and a lane takes one cell, or one of the SPLIT vertical strips of a wide one. It holds
+   ROWS x COLUMNS pixels at a time in registers: ROWS variables [COLUMNS, BLOCK]. With the lanes in
+   the last dimension and BLOCK = 32 num_warps, Triton's default layout keeps COLUMNS in a thread,
+   so that a sum over the columns of a cell needs no exchange. Larger cells loop.
+5. A label is bad outside [0, C) and different from ignore_index. Each program writes how many it
+   met and the lowest flat index; one program adds them up: no atomics, the same answer every time.
+
+Source: ATen/native/UpSample.h (area_pixel_compute_source_index).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NO_INDEX = tl.constexpr(2**63 - 1)
+
+
+# --- device ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def source(y, step, half):
+    return tl.fma(y.to(tl.float32) + half, step, -half)  # eq. 1
+
+
+@triton.jit
+def cell_start(cell, samples, pixels, step, inverse_step, half):
+    """First row of each cell (eq. 2)."""
+    edge = (cell - 1).to(tl.float32)
+    guess = (edge + half) * inverse_step - half
+    y = tl.minimum(tl.maximum(guess, 0.0), pixels * 1.0).to(tl.int32) - 1
+    y = tl.maximum(y, 0)
+    for _step in tl.static_range(3):  # the guess is at most one off, on either side
+        y += tl.where((y < pixels) & (source(y, step, half) < edge), 1, 0)
+    # A step of 0 (one row, or one sample, with align_corners): every pixel has coordinate 0.
+    y = tl.where(inverse_step > 0, y, tl.where(cell <= 1, 0, pixels))
+    return tl.where(cell <= 0, 0, tl.where(cell > samples, pixels, y))
+
+
+@triton.jit
+def cell_axis(cell, samples, pixels, step, inverse_step, half):
+    """First pixel, number of pixels, the two samples, and weight, slope of the second (eq. 3)."""
+    start = cell_start(cell, samples, pixels, step, inverse_step, half)
+    count = cell_start(cell + 1, samples, pixels, step, inverse_step, half) - start
+    weight = tl.fma(start.to(tl.float32) + half, step, -(half + (cell - 1).to(tl.float32)))
+    # An empty cell (downsampling) starts beyond itself: no weight outside [0, 1] may arise.
+    inside = (cell > 0) & (cell < samples) & (count > 0)
+    weight = tl.where(inside, weight, tl.where(cell == 0, 1.0, 0.0))
+    slope = tl.where(inside & (count > 1), step, 0.0)
+    # Before the first sample the weight lies on sample 0; the other one still has weight 0, not no
+    # part, as in the eager expression: 0 * inf is NaN there too.
+    first = tl.where(cell == 0, tl.minimum(1, samples - 1), cell - 1)
+    second = tl.minimum(cell, samples - 1)
+    return start, count, first, second, weight, slope
+
+
+@triton.jit
+def split_cells(tile, cells, h, w, BLOCK: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr):
+    """Image, cell row, cell column and strip of each lane; lanes past the end get the last cell."""
+    lane = tl.arange(0, BLOCK)
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    flat = tl.cast(tile, INDEX) * (BLOCK // SPLIT) + lane // SPLIT
+    mask = flat < cells
+    flat = tl.minimum(flat, tl.cast(cells - 1, INDEX))
+    row = flat // (w + 1)
+    n = row // (h + 1)
+    j = (flat - row * (w + 1)).to(tl.int32)
+    i = (row - n * (h + 1)).to(tl.int32)
+    return n.to(tl.int64), i, j, lane % SPLIT, mask
+
+
+@triton.jit
+def corner_offsets(n, i0, i1, j0, j1, stride_n, stride_h, stride_w):
+    image = n * stride_n
+    row0 = image + i0.to(tl.int64) * stride_h
+    row1 = image + i1.to(tl.int64) * stride_h
+    left = j0.to(tl.int64) * stride_w
+    right = j1.to(tl.int64) * stride_w
+    return row0 + left, row0 + right, row1 + left, row1 + right
+
+
+@triton.jit
+def load_corners(logits_ptr, corners, c, stride_c):
+    """The four samples of class c, float32."""
+    ptr = logits_ptr + tl.cast(c, tl.int64) * stride_c
+    return (
+        tl.load(ptr + corners[0]).to(tl.float32),
+        tl.load(ptr + corners[1]).to(tl.float32),
+        tl.load(ptr + corners[2]).to(tl.float32),
+        tl.load(ptr + corners[3]).to(tl.float32),
+    )
+
+
+@triton.jit
+def load_labels(target_ptr, offs, mask, C, ignore_index):
+    """Class, -1 where ignored, bad or outside ``mask``; and the mask of bad labels (eq. 5)."""
+    label = tl.load(target_ptr + offs, mask=mask, other=0).to(tl.int64)
+    kept = mask & (label != ignore_index)
+    good = (label >= 0) & (label < C)
+    return tl.where(kept & good, label, -1).to(tl.int32), kept & (good == 0)
+
+
+@triton.jit
+def _bad_label_kernel(
+    count_ptr, index_ptr, partials, target_ptr, record_ptr, invalid_ptr, H, W,
+    stride_n, stride_h, stride_w, HAS_INVALID: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds the programs' bad labels to the record [count, value, n, y, x] (eq. 5)."""
+    offs = tl.arange(0, BLOCK)
+    count = tl.zeros([BLOCK], tl.int64)
+    first = tl.full([BLOCK], NO_INDEX, tl.int64)
+    for begin in range(0, partials, BLOCK):
+        mask = begin + offs < partials
+        count += tl.load(count_ptr + begin + offs, mask=mask, other=0).to(tl.int64)
+        first = tl.minimum(first, tl.load(index_ptr + begin + offs, mask=mask, other=NO_INDEX))
+    total = tl.sum(count, 0)
+    index = tl.min(first, 0)
+    if HAS_INVALID:
+        tl.store(invalid_ptr, tl.load(invalid_ptr) + total)
+    else:
+        before = tl.load(record_ptr)
+        tl.store(record_ptr, before + total)
+        if (before == 0) & (total > 0):
+            row = index // W
+            x = index - row * W
+            n = row // H
+            y = row - n * H
+            value = tl.load(target_ptr + n * stride_n + y * stride_h + x * stride_w)
+            tl.store(record_ptr + 1, value.to(tl.int64))
+            tl.store(record_ptr + 2, n)
+            tl.store(record_ptr + 3, y)
+            tl.store(record_ptr + 4, x)
+
+
+# --- host -----------------------------------------------------------------------------------------
+
+
+def _step(samples: int, pixels: int, align_corners: bool, scale: float | None) -> float:
+    if align_corners:
+        return float(np.float32((samples - 1) / (pixels - 1))) if pixels > 1 else 0.0
+    return float(np.float32(1.0 / scale if scale else samples / pixels))
+
+
+def _extent(samples: int, pixels: int, step: float, half: float) -> int:
+    """Pixels of the largest cell along an axis. The double holds the product exactly (eq. 1)."""
+    y = np.arange(pixels, dtype=np.float64)
+    cell = np.floor((step * (y + half) - half).astype(np.float32)).clip(-1, samples - 1)
+    return int(np.bincount(cell.astype(np.int64) + 1).max())
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Steps of eq. 1 and the size of the largest cell."""
+
+    step_h: float
+    step_w: float
+    half: float
+    cell_h: int
+    cell_w: int
+
+    @property
+    def axes(self) -> tuple[float, ...]:
+        """Kernel arguments: step and inverse step of either axis, and half."""
+        inverse_h, inverse_w = (1 / s if s else 0.0 for s in (self.step_h, self.step_w))
+        return self.step_h, inverse_h, self.step_w, inverse_w, self.half
+
+
+@functools.lru_cache(maxsize=256)
+def geometry(
+    h: int,
+    w: int,
+    H: int,
+    W: int,
+    align_corners: bool,
+    scale_h: float | None,
+    scale_w: float | None,
+) -> Geometry:
+    half = 0.0 if align_corners else 0.5
+    step_h = _step(h, H, align_corners, scale_h)
+    step_w = _step(w, W, align_corners, scale_w)
+    return Geometry(step_h, step_w, half, _extent(h, H, step_h, half), _extent(w, W, step_w, half))
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How pixels are dealt to lanes (eq. 4)."""
+
+    ROWS: int
+    COLUMNS: int
+    SPLIT: int
+    num_warps: int
+
+    @property
+    def BLOCK(self) -> int:
+        return 32 * self.num_warps
+
+    @property
+    def cells(self) -> int:
+        """Cells of a program."""
+        return self.BLOCK // self.SPLIT
+
+    def constexprs(self) -> dict[str, int]:
+        return {
+            "ROWS": self.ROWS, "COLUMNS": self.COLUMNS, "SPLIT": self.SPLIT, "BLOCK": self.BLOCK,
+            "num_warps": self.num_warps,
+        }  # fmt: skip
+
+
+def choose_lanes(geo: Geometry, rows: int, columns: int, num_warps: int = 1) -> Lanes:
+    """Up to ``rows`` x ``columns`` pixels a lane; strips where a cell is wider."""
+    power = triton.next_power_of_2
+    columns = max(2, min(columns, power(geo.cell_w)))  # Triton 3.7 miscompiles [1, BLOCK]
+    split = min(32, power(triton.cdiv(geo.cell_w, columns)))
+    return Lanes(min(rows, power(geo.cell_h)), columns, split, num_warps)
+
+
+def add_bad_labels(
+    partials: tuple[Tensor, Tensor], target: Tensor, record: Tensor | None, invalid: Tensor | None
+) -> None:
+    """Adds the programs' counts to ``invalid`` if given, else to the record."""
+    count, index = partials
+    kept = record if invalid is None else invalid
+    _bad_label_kernel[(1,)](
+        count, index, count.numel(), target, kept, kept, target.shape[1], target.shape[2],
+        *target.stride(), HAS_INVALID=invalid is not None, BLOCK=1024,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def capability(device: torch.device) -> int:
+    """90 for sm_90; the interpreter stands for that one."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def device_of(tensor: Tensor) -> torch.cuda.device:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

@@ -1,0 +1,120 @@
+"""Labels straight from low-resolution logits: bilinear upsampling + argmax over cells.
+
+Maths.
+1. z_c(y, x) = (1-v) ((1-u) x_00 + u x_01) + v ((1-u) x_10 + u x_11): the eager expression; u, v are
+   the weights of the right and the lower sample (common.py, 1)
+2. label = the lowest c with z_c = max z; the first NaN counts as the maximum, as in torch.argmax
+
+Shapes. logits [N, C, h, w] fp16/bf16/fp32, any strides; labels [N, H, W] uint8, int32 or int64.
+
+Who owns what. A lane owns a cell, or a strip of it (common.py, 4): it loads four samples a class
+and keeps the best value and label of its ROWS x COLUMNS pixels in registers. No logit is written.
+
+Numerics. float32 whatever the dtype of the logits; ties are those of eq. 1. Offsets are int64.
+
+Source: torch.nn.functional.interpolate, torch.argmax.
+"""
+
+# ruff: noqa: RUF005  (Triton has no (*a, b))
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fcnseg.kernels import common
+from fcnseg.kernels.common import cell_axis, corner_offsets, load_corners, source, split_cells
+
+
+@triton.jit
+def best_classes(
+    logits_ptr, corners, C, stride_c, i, y, h, step_h, half, weight_x,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Labels (eq. 2) of rows y .. y + ROWS - 1: a tuple of int32 [COLUMNS, BLOCK]."""
+    best = ()
+    label = ()
+    for _row in tl.static_range(ROWS):
+        best = best + (tl.full([COLUMNS, BLOCK], float("-inf"), tl.float32),)
+        label = label + (tl.zeros([COLUMNS, BLOCK], tl.int32),)
+    for c in range(C):
+        a00, a01, a10, a11 = load_corners(logits_ptr, corners, c, stride_c)
+        upper = (1.0 - weight_x) * a00[None, :] + weight_x * a01[None, :]
+        lower = (1.0 - weight_x) * a10[None, :] + weight_x * a11[None, :]
+        new_best = ()
+        new_label = ()
+        for r in tl.static_range(ROWS):
+            weight_y = source(y + r, step_h, half) - (i - 1).to(tl.float32)
+            weight_y = tl.where(i == 0, 1.0, weight_y)[None, :]
+            z = (1.0 - weight_y) * upper + weight_y * lower
+            # not (z <= best): larger or NaN; a NaN that is the best stays
+            better = (best[r] == best[r]) & ((z <= best[r]) == 0)
+            new_best = new_best + (tl.where(better, z, best[r]),)
+            new_label = new_label + (tl.where(better, tl.cast(c, tl.int32), label[r]),)
+        best = new_best
+        label = new_label
+    return label
+
+
+@triton.jit
+def pixel_weights_x(j, x, w, step_w, half):
+    weight = source(x, step_w, half) - (j - 1)[None, :].to(tl.float32)
+    return tl.where((j == 0)[None, :], 1.0, weight)
+
+
+@triton.jit
+def _upsample_argmax_kernel(
+    logits_ptr, label_ptr, cells, C, h, w, H, W, step_h, inverse_h, step_w, inverse_w, half,
+    stride_n, stride_c, stride_h, stride_w, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    n, i, j, strip, mask = split_cells(tl.program_id(0), cells, h, w, BLOCK, SPLIT, WIDE)
+    y0, rows, i0, i1, _wy, _dy = cell_axis(i, h, H, step_h, inverse_h, half)
+    x0, columns, j0, j1, _wx, _dx = cell_axis(j, w, W, step_w, inverse_w, half)
+    rows = tl.where(mask, rows, 0)
+    corners = corner_offsets(n, i0, i1, j0, j1, stride_n, stride_h, stride_w)
+    k = tl.arange(0, COLUMNS)[:, None]
+    row_groups = (tl.max(rows, 0) + ROWS - 1) // ROWS
+    column_groups = (tl.max(columns, 0) + SPLIT * COLUMNS - 1) // (SPLIT * COLUMNS)
+    for group in range(row_groups * column_groups):
+        first_row = group % row_groups * ROWS
+        column = (group // row_groups * SPLIT + strip)[None, :] * COLUMNS + k
+        x = x0[None, :] + column
+        weight_x = pixel_weights_x(j, x, w, step_w, half)
+        labels = best_classes(
+            logits_ptr, corners, C, stride_c, i, y0 + first_row, h, step_h, half, weight_x,
+            ROWS, COLUMNS, BLOCK,
+        )  # fmt: skip
+        for r in tl.static_range(ROWS):
+            here = (column < columns[None, :]) & (first_row + r < rows)[None, :]
+            y = (y0 + first_row + r).to(tl.int64)[None, :]
+            offs = (n[None, :] * H + y) * W + x
+            tl.store(label_ptr + offs, labels[r].to(label_ptr.dtype.element_ty), mask=here)
+
+
+def tuned_lanes(geo: common.Geometry) -> common.Lanes:
+    """Two registers a pixel, so half of what the loss takes."""
+    return common.choose_lanes(geo, rows=8, columns=4)
+
+
+def upsample_argmax_forward(
+    logits: Tensor, size: Sequence[int], align_corners: bool, scale_h: float | None,
+    scale_w: float | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Labels [N, H, W]; args as the operator's."""
+    (N, C, h, w), (H, W) = logits.shape, size
+    labels = torch.empty((N, H, W), dtype=dtype, device=logits.device)
+    if N == 0:
+        return labels
+    geo = common.geometry(h, w, H, W, align_corners, scale_h, scale_w)
+    lanes = tuned_lanes(geo)
+    cells = N * (h + 1) * (w + 1)
+    with common.device_of(logits):
+        _upsample_argmax_kernel[(triton.cdiv(cells, lanes.cells),)](
+            logits, labels, cells, C, h, w, H, W, *geo.axes, *logits.stride(),
+            WIDE=cells + lanes.cells >= 2**31, **lanes.constexprs(),
+        )  # fmt: skip
+    return labels

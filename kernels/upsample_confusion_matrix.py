@@ -1,0 +1,150 @@
+"""The confusion matrix straight from low-resolution logits: neither logits nor labels are written.
+
+Maths.
+1. p = argmax of the upsampled logits (upsample_argmax.py, eqs. 1, 2)
+2. matrix[y, p] += 1 for each pixel with label y, unless y is ignored or bad
+
+Shapes. logits [N, C, h, w], target [N, H, W], matrix int64 [C, C], any strides.
+
+Who owns what. Programs take tiles of cells in turn, as many programs as fill the device. With few
+classes a program keeps a histogram of its pixels and adds it to the matrix at its end; with many
+each pixel is added to one of COPIES int32 matrices, so that frequent classes do not queue at one
+address, and `_add_copies_kernel` sums them.
+
+Numerics. Integer atomics only: the sums are exact, whatever their order. A copy holds fewer than
+2^31 pixels as the launcher widens it to int64 beyond.
+
+Source: torch.bincount, torch.histc.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fcnseg.kernels import common
+from fcnseg.kernels.common import cell_axis, corner_offsets, load_labels, split_cells
+from fcnseg.kernels.upsample_argmax import best_classes, pixel_weights_x
+
+MAX_BINS = 1024  # of a program's histogram; a power of two above C * C
+PROGRAMS = 2048  # enough for 16 on each multiprocessor of the largest device
+COPIES = 32
+
+
+@triton.jit
+def _upsample_confusion_matrix_kernel(
+    logits_ptr, target_ptr, matrix_ptr, copies_ptr, bad_count_ptr, bad_index_ptr,
+    cells, tiles, C, h, w, H, W, step_h, inverse_h, step_w, inverse_w, half,
+    stride_logits_n, stride_logits_c, stride_logits_h, stride_logits_w,
+    stride_target_n, stride_target_h, stride_target_w, stride_matrix_0, stride_matrix_1,
+    ignore_index, copies, BINS: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    k = tl.arange(0, COLUMNS)[:, None]
+    bad_count = tl.zeros([BLOCK], tl.int64)
+    bad_index = tl.full([BLOCK], common.NO_INDEX, tl.int64)
+    if BINS > 0:
+        histogram = tl.zeros([BINS], tl.int64)
+    else:
+        copy_ptr = copies_ptr + (program % copies).to(tl.int64) * C * C
+    for tile in range(program, tiles, tl.num_programs(0)):
+        n, i, j, strip, mask = split_cells(tile, cells, h, w, BLOCK, SPLIT, WIDE)
+        y0, rows, i0, i1, _wy, _dy = cell_axis(i, h, H, step_h, inverse_h, half)
+        x0, columns, j0, j1, _wx, _dx = cell_axis(j, w, W, step_w, inverse_w, half)
+        rows = tl.where(mask, rows, 0)
+        corners = corner_offsets(
+            n, i0, i1, j0, j1, stride_logits_n, stride_logits_h, stride_logits_w
+        )
+        row_groups = (tl.max(rows, 0) + ROWS - 1) // ROWS
+        column_groups = (tl.max(columns, 0) + SPLIT * COLUMNS - 1) // (SPLIT * COLUMNS)
+        for group in range(row_groups * column_groups):
+            first_row = group % row_groups * ROWS
+            column = (group // row_groups * SPLIT + strip)[None, :] * COLUMNS + k
+            x = x0[None, :] + column
+            weight_x = pixel_weights_x(j, x, w, step_w, half)
+            predictions = best_classes(
+                logits_ptr, corners, C, stride_logits_c, i, y0 + first_row, h, step_h, half,
+                weight_x, ROWS, COLUMNS, BLOCK,
+            )  # fmt: skip
+            for r in tl.static_range(ROWS):
+                here = (column < columns[None, :]) & (first_row + r < rows)[None, :]
+                y = (y0 + first_row + r).to(tl.int64)[None, :]
+                offs = n[None, :] * stride_target_n + y * stride_target_h
+                offs += x.to(tl.int64) * stride_target_w
+                label, bad = load_labels(target_ptr, offs, here, C, ignore_index)
+                bad_count += tl.sum(tl.where(bad, 1, 0), 0)
+                flat = tl.where(bad, (n[None, :] * H + y) * W + x, common.NO_INDEX)
+                bad_index = tl.minimum(bad_index, tl.min(flat, 0))
+                cell = label * C + predictions[r]
+                if BINS > 0:
+                    cell = tl.where(label >= 0, cell, BINS - 1)  # a bin past the matrix
+                    cell = tl.reshape(cell, [COLUMNS * BLOCK])
+                    histogram += tl.histogram(cell, BINS).to(tl.int64)
+                else:
+                    one = tl.full([COLUMNS, BLOCK], 1, copies_ptr.dtype.element_ty)
+                    tl.atomic_add(copy_ptr + cell, one, mask=label >= 0, sem="relaxed")
+    if BINS > 0:
+        bins = tl.arange(0, BINS)
+        truth = bins // C
+        offs = truth.to(tl.int64) * stride_matrix_0 + (bins - truth * C) * stride_matrix_1
+        filled = (truth < C) & (histogram > 0)
+        tl.atomic_add(matrix_ptr + offs, histogram, mask=filled, sem="relaxed")
+    tl.store(bad_count_ptr + program, tl.sum(bad_count, 0))
+    tl.store(bad_index_ptr + program, tl.min(bad_index, 0))
+
+
+@triton.jit
+def _add_copies_kernel(
+    copies_ptr, matrix_ptr, copies, C, stride_matrix_0, stride_matrix_1, BLOCK: tl.constexpr
+):
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = cell < C * C
+    total = tl.zeros([BLOCK], tl.int64)
+    for copy in range(copies):
+        offs = tl.cast(copy, tl.int64) * C * C + cell
+        total += tl.load(copies_ptr + offs, mask=mask, other=0).to(tl.int64)
+    truth = cell // C
+    offs = truth.to(tl.int64) * stride_matrix_0 + (cell - truth * C) * stride_matrix_1
+    total += tl.load(matrix_ptr + offs, mask=mask, other=0)
+    tl.store(matrix_ptr + offs, total, mask=mask)
+
+
+def bins(num_classes: int) -> int:
+    """Size of a program's histogram, with one bin to spare; 0 where it would be too large."""
+    size = triton.next_power_of_2(num_classes * num_classes + 1)
+    return size if size <= MAX_BINS else 0
+
+
+def upsample_confusion_matrix_forward_(
+    matrix: Tensor, logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool,
+    scale_h: float | None, scale_w: float | None, record: Tensor, invalid: Tensor | None,
+) -> None:  # fmt: skip
+    """Adds into ``matrix``; bad labels are added to ``invalid`` if given, else to ``record``."""
+    (N, C, h, w), (H, W) = logits.shape, target.shape[1:]
+    if N == 0:
+        return
+    geo = common.geometry(h, w, H, W, align_corners, scale_h, scale_w)
+    lanes = common.choose_lanes(geo, rows=8, columns=4)
+    cells = N * (h + 1) * (w + 1)
+    tiles = triton.cdiv(cells, lanes.cells)
+    programs = min(tiles, PROGRAMS)
+    bad_count, bad_index = torch.empty(2, programs, dtype=torch.int64, device=logits.device)
+    size = bins(C)
+    copies = matrix
+    if size == 0:
+        dtype = torch.int32 if target.numel() < 2**31 else torch.int64
+        copies = torch.zeros((COPIES, C, C), dtype=dtype, device=logits.device)
+    with common.device_of(logits):
+        _upsample_confusion_matrix_kernel[(programs,)](
+            logits, target, matrix, copies, bad_count, bad_index, cells, tiles, C, h, w, H, W,
+            *geo.axes, *logits.stride(), *target.stride(), *matrix.stride(), ignore_index, COPIES,
+            BINS=size, WIDE=cells + lanes.cells >= 2**31, **lanes.constexprs(),
+        )  # fmt: skip
+        if size == 0:
+            _add_copies_kernel[(triton.cdiv(C * C, 256),)](
+                copies, matrix, COPIES, C, *matrix.stride(), BLOCK=256
+            )
+        common.add_bad_labels((bad_count, bad_index), target, record, invalid)

@@ -1,0 +1,288 @@
+"""The Triton kernels in Triton's interpreter, against the float64 reference.
+
+``test_triton.py`` runs this file in a process of its own: TRITON_INTERPRET is read when triton is
+imported, and nothing can be compiled afterwards. An inner iteration takes milliseconds whatever its
+width, so sizes are small.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+import torch
+from torch import Tensor
+
+from fcnseg import reference
+from fcnseg.kernels import common
+from fcnseg.kernels.upsample_argmax import upsample_argmax_forward
+from fcnseg.kernels.upsample_confusion_matrix import upsample_confusion_matrix_forward_
+from fcnseg.kernels.upsample_cross_entropy import (
+    upsample_cross_entropy_backward,
+    upsample_cross_entropy_forward,
+)
+
+Geometry = tuple[bool, float | None, float | None]
+PLAIN: Geometry = (False, None, None)
+CORNERS: Geometry = (True, None, None)
+
+
+def make_record() -> Tensor:
+    return torch.zeros(5, dtype=torch.int64)
+
+
+def make_case(
+    N: int, C: int, h: int, w: int, H: int, W: int, dtype: torch.dtype = torch.float32,
+    spread: float = 2.0, labels: torch.dtype = torch.int64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    torch.manual_seed(N + C + h + w + H + W)
+    logits = (torch.randn(N, C, h, w) * spread).to(dtype)
+    target = torch.randint(0, min(C, 255), (N, H, W))
+    target[torch.rand(N, H, W) < 0.1] = 255
+    return logits, target.to(labels)
+
+
+def close(actual: Tensor, expected: Tensor, eager: Tensor) -> None:
+    """No worse than eager in the same arithmetic, plus rounding."""
+    assert actual.shape == expected.shape
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    error = (actual.double() - expected).abs().max().item() if expected.numel() else 0.0
+    eager_error = (eager.double() - expected).abs().max().item() if expected.numel() else 0.0
+    assert error <= eager_error + 2e-6 * scale
+
+
+def check_loss(
+    logits: Tensor, target: Tensor, weight: Tensor | None = None, reduction: str = "mean",
+    smoothing: float = 0.0, geometry: Geometry = PLAIN, ignore_index: int = 255,
+) -> None:  # fmt: skip
+    args: tuple[Any, ...] = (ignore_index, reduction, smoothing, *geometry)
+    record = make_record()
+    wide = logits.double(), target, None if weight is None else weight.double()
+    flat = logits.float(), target, weight
+    loss, gradient = upsample_cross_entropy_forward(logits, target, weight, *args, True, record)
+    expected = reference.upsample_cross_entropy(*wide, *args, True)
+    eager = reference.upsample_cross_entropy(*flat, *args, True)
+    assert loss.dtype == torch.float32
+    close(loss, expected[0], eager[0])
+    if reduction != "none":
+        assert gradient.dtype == torch.float32
+        assert gradient.stride() == torch.empty_like(logits).stride()
+        close(gradient, expected[1], eager[1])
+        loss_alone, empty = upsample_cross_entropy_forward(
+            logits, target, weight, *args, False, record
+        )
+        assert empty.numel() == 0
+        assert torch.equal(loss_alone, loss)
+    else:
+        upstream = torch.randn(target.shape)
+        args = (ignore_index, smoothing, *geometry)
+        gradient = upsample_cross_entropy_backward(upstream, logits, target, weight, *args, record)
+        expected_gradient = reference.upsample_cross_entropy_backward(
+            upstream.double(), *wide, *args
+        )
+        eager_gradient = reference.upsample_cross_entropy_backward(upstream, *flat, *args)
+        assert gradient.dtype == logits.dtype
+        close(gradient, expected_gradient, eager_gradient.to(logits.dtype))
+    assert not record.any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_options(reduction: str, smoothing: float, weighted: bool) -> None:
+    logits, target = make_case(2, 5, 3, 4, 24, 32)
+    check_loss(logits, target, torch.rand(5) if weighted else None, reduction, smoothing)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "geometry"),
+    [
+        ((3, 5, 24, 40), PLAIN),
+        ((3, 5, 24, 40), CORNERS),  # cells of more than eight pixels
+        ((3, 4, 25, 31), PLAIN),
+        ((3, 4, 12, 16), PLAIN),
+        ((2, 2, 35, 70), PLAIN),  # wide cells: strips
+        ((1, 1, 9, 11), PLAIN),
+        ((1, 3, 1, 24), CORNERS),
+        ((4, 1, 8, 1), PLAIN),
+        ((7, 9, 7, 9), PLAIN),  # same size: one pixel a cell
+        ((9, 11, 4, 3), PLAIN),  # down: most cells are empty
+        ((9, 11, 4, 3), CORNERS),
+        ((5, 5, 8, 8), (False, 1.7, 1.7)),
+        ((5, 40, 10, 80), PLAIN),  # more cells than lanes: borders between programs
+    ],
+)
+def test_geometry(sizes: tuple[int, int, int, int], geometry: Geometry) -> None:
+    logits, target = make_case(1, 3, *sizes)
+    check_loss(logits, target, geometry=geometry)
+    size = target.shape[1:]
+    z = reference.upsample(logits.double(), size, *geometry)
+    label = upsample_argmax_forward(logits, size, *geometry, torch.int64)
+    picked = z.gather(1, label[:, None])[:, 0]
+    assert (z.amax(1) - picked).max() <= 1e-5 * logits.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("labels", [torch.uint8, torch.int32])
+def test_dtypes(dtype: torch.dtype, labels: torch.dtype) -> None:
+    logits, target = make_case(1, 4, 3, 3, 24, 24, dtype, labels=labels)
+    check_loss(logits, target)
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 255])
+def test_number_of_classes(num_classes: int) -> None:
+    # 255 classes: labels no longer fit in bytes
+    logits, target = make_case(1, num_classes, 1, 2, 2, 4)
+    check_loss(logits, target)
+
+
+def test_one_class_is_exactly_zero() -> None:
+    logits = torch.randn(1, 1, 2, 2)
+    target = torch.zeros(1, 8, 8, dtype=torch.int64)
+    loss, gradient = upsample_cross_entropy_forward(
+        logits, target, torch.rand(1), 255, "mean", 0.3, *PLAIN, True, make_record()
+    )
+    assert loss == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("spread", [8.0, 100.0])
+def test_large_spread_takes_the_plain_path(spread: float) -> None:
+    logits, target = make_case(1, 4, 3, 3, 24, 24, spread=spread)
+    check_loss(logits, target)
+
+
+def test_both_paths_agree_at_the_limit_of_the_guard() -> None:
+    logits, target = make_case(1, 4, 3, 3, 24, 24)
+    logits = logits.clamp(-16, 16)
+    logits[0, :, 1] = torch.tensor([16.0, -16.0, 16.0, -16.0])[:, None]
+    logits[0, :, 2] = -logits[0, :, 1]  # a spread of exactly 32
+    check_loss(logits, target)
+    check_loss(logits * 1.001, target)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "expanded", "sliced", "transposed"])
+def test_strides(layout: str) -> None:
+    logits, target = make_case(2, 4, 3, 4, 24, 32)
+    if layout == "channels_last":
+        logits = logits.to(memory_format=torch.channels_last)
+    elif layout == "expanded":
+        logits = logits[:1].expand(2, -1, -1, -1)
+        target = target[:, :1].expand(-1, 24, -1)
+    elif layout == "sliced":
+        logits = logits.repeat(1, 1, 2, 2)[:, :, ::2, 1::2]
+        target = target.repeat(1, 1, 2)[:, :, ::2]
+    else:
+        logits = logits.transpose(2, 3).contiguous().transpose(2, 3)
+        target = target.transpose(1, 2).contiguous().transpose(1, 2)
+    check_loss(logits, target)
+
+
+def test_ignore_index_may_be_a_class() -> None:
+    logits, target = make_case(1, 4, 3, 3, 24, 24)
+    target[target == 255] = 2
+    check_loss(logits, target, ignore_index=2)
+
+
+def test_all_ignored_and_empty_batch() -> None:
+    logits, target = make_case(1, 3, 2, 2, 8, 8)
+    target.fill_(255)
+    for reduction, value in (("mean", math.nan), ("sum", 0.0)):
+        for batch in (1, 0):
+            loss, gradient = upsample_cross_entropy_forward(
+                logits[:batch], target[:batch], None, 255, reduction, 0.0, *PLAIN, True,
+                make_record(),
+            )  # fmt: skip
+            torch.testing.assert_close(loss.item(), value, equal_nan=True)
+            assert gradient.shape == logits[:batch].shape
+            assert not gradient.any()
+    assert upsample_argmax_forward(logits[:0], (8, 8), *PLAIN, torch.uint8).shape == (0, 8, 8)
+
+
+def test_bad_label_of_a_scalar_loss() -> None:
+    logits, target = make_case(2, 3, 2, 2, 8, 8)
+    target[1, 2, 5] = 2**32 + 1
+    target[1, 7, 0] = -1
+    record = make_record()
+    args = (None, 255, "sum", 0.0, *PLAIN, True)
+    loss, gradient = upsample_cross_entropy_forward(logits, target, *args, record)
+    assert loss.isnan()
+    assert gradient.isnan().all()
+    assert record.tolist() == [2, 2**32 + 1, 1, 2, 5]
+    target[1, 2, 5] = 0
+    upsample_cross_entropy_forward(logits, target, *args, record)
+    assert record.tolist() == [3, 2**32 + 1, 1, 2, 5]  # the first one stays
+
+
+def test_bad_label_of_pixel_losses() -> None:
+    logits, target = make_case(1, 3, 4, 4, 16, 16)
+    target[0, 6, 7] = 3  # between samples 1 and 2, downwards and across
+    record = make_record()
+    loss, _ = upsample_cross_entropy_forward(
+        logits, target, None, 255, "none", 0.0, *PLAIN, True, record
+    )
+    assert loss.isnan().nonzero().tolist() == [[0, 6, 7]]
+    assert record.tolist() == [1, 3, 0, 6, 7]
+    gradient = upsample_cross_entropy_backward(
+        torch.ones(1, 16, 16), logits, target, None, 255, 0.0, *PLAIN, record
+    )
+    expected = torch.zeros(4, 4, dtype=torch.bool)
+    expected[1:3, 1:3] = True
+    assert torch.equal(gradient.isnan(), expected.expand(1, 3, 4, 4))
+    assert record.tolist() == [1, 3, 0, 6, 7]  # counted once
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_not_finite_logits(value: float) -> None:
+    logits, target = make_case(1, 3, 3, 3, 12, 12)
+    logits[0, 1, 1, 2] = value
+    args = (None, 255, "sum", 0.0, *PLAIN, True)
+    loss, gradient = upsample_cross_entropy_forward(logits, target, *args, make_record())
+    eager = reference.upsample_cross_entropy(logits, target, *args)
+    assert loss.isnan() or not eager[0].isnan()
+    # Eager also adds 0 * NaN of border pixels to samples that they do not touch: not repeated for
+    # -inf, whose neighbours inside are finite.
+    if value != -math.inf:
+        assert not (eager[1].isnan() & ~gradient.isnan()).any()
+    label = upsample_argmax_forward(logits, (12, 12), *PLAIN, torch.int64)
+    assert torch.equal(label, reference.upsample_argmax(logits, (12, 12), *PLAIN, torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_argmax_of_ties(dtype: torch.dtype) -> None:
+    logits = torch.randn(1, 2, 3, 3).repeat(1, 3, 1, 1)
+    label = upsample_argmax_forward(logits, (24, 21), *PLAIN, dtype)
+    expected = reference.upsample_argmax(logits, (24, 21), *PLAIN, dtype)
+    assert label.dtype == dtype
+    assert torch.equal(label, expected)
+    assert label.max() <= 1
+
+
+@pytest.mark.parametrize("num_classes", [5, 40])  # a histogram; copies of the matrix
+@pytest.mark.parametrize("counted", [False, True])
+def test_confusion_matrix(num_classes: int, counted: bool) -> None:
+    logits, target = make_case(2, num_classes, 3, 3, 12, 15)
+    target[1, 3, 4] = num_classes
+    matrix = torch.ones(num_classes, num_classes, dtype=torch.int64).t()
+    expected = matrix.clone()
+    prediction = reference.upsample_argmax(logits, (12, 15), *PLAIN, torch.int64)
+    reference.confusion_matrix_(expected, prediction, target, 255)
+    record, invalid = make_record(), torch.ones(1, dtype=torch.int64) if counted else None
+    upsample_confusion_matrix_forward_(matrix, logits, target, 255, *PLAIN, record, invalid)
+    assert torch.equal(matrix, expected)
+    assert record.tolist() == ([0] * 5 if counted else [1, num_classes, 1, 3, 4])
+    assert invalid is None or invalid.item() == 2
+
+
+def test_largest_cell_is_exact() -> None:
+    for samples, pixels, half in ((96, 768, 0.5), (7, 50, 0.5), (5, 35, 0.5), (96, 768, 0.0)):
+        geo = common.geometry(samples, 1, pixels, 1, half == 0, None, None)
+        y = torch.arange(pixels, dtype=torch.float64)
+        cell = (geo.step_h * (y + half) - half).float().floor().clamp(-1, samples - 1)
+        assert geo.cell_h == cell.unique(return_counts=True)[1].max()

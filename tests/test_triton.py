@@ -1,0 +1,41 @@
+"""The Triton kernels without a GPU: interpreted and compiled, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str, **environment: str) -> None:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_values_in_the_interpreter() -> None:
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpret_kernels.py",
+        TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
+    run("-m", "tests.compile_kernels", TRITON_CACHE_DIR=str(tmp_path))
+
+
+def test_import_does_not_load_triton() -> None:
+    run("-c", "import sys, fcnseg; sys.exit('triton' in sys.modules)")
