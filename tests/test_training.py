@@ -425,14 +425,6 @@ def test_bf16_autocast(tmp_path: Path, unbroken: Path) -> None:
 # -- reports -----------------------------------------------------------------------------------
 
 
-def test_class_table_marks_absent_classes() -> None:
-    matrix = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
-    table = reporting.class_table(CLASSES, fcnseg.metrics.scores(matrix)).splitlines()
-    assert table[1].split() == ["road", "0.7500", "0.7500"]
-    assert table[3].split() == ["sky", "-", "-"]
-    assert table[-1].split() == ["mean", "0.7750", "0.8750"]
-
-
 def test_colourise_paints_void_black() -> None:
     image = reporting.colourise(np.array([[0, 2, 255]]), Pictures.palette)
     assert image.tolist() == [[[128, 64, 128], [70, 130, 180], [0, 0, 0]]]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import fcnseg
 from fcnseg import data, models
 from fcnseg.data import EvalTransform, SegmentationDataset, TrainTransform, worker_init_fn
-from fcnseg.metrics import ConfusionMatrix, Scores, scores
+from fcnseg.metrics import ConfusionMatrix, Scores, format_scores, scores
 from fcnseg.training import checkpoint, reporting
 from fcnseg.training.config import ConfigError, TrainConfig
 from fcnseg.training.schedule import lr_factor
@@ -505,7 +505,7 @@ class Trainer:
         )
         reporting.save_curves(self.output / "curves.png", self.output / "metrics.jsonl")
         result = Scores(**best["scores"])
-        print(reporting.class_table(self.val_set.classes, result))
+        print(format_scores(result, self.val_set.classes))
         print(f"best of epoch {best['epoch']}: mIoU {result.mean_iou:.4f}")
         return result
 

@@ -8,25 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure  # no pyplot: no window system, no global state
 from matplotlib.patches import Patch
 
-from fcnseg.metrics import Scores
 from fcnseg.models import LoadReport
 
 _VOID = np.array([0, 0, 0], np.uint8)  # colour of labels that do not count
-
-
-def class_table(classes: Sequence[str], result: Scores) -> str:
-    """One line per class with its IoU and accuracy, then the means; absent classes show "-"."""
-    width = max(len("mean"), *map(len, classes))
-
-    def row(name: str, iou: float, accuracy: float) -> str:
-        cells = ("-" if np.isnan(value) else f"{value:.4f}" for value in (iou, accuracy))
-        return f"{name:{width}s}  " + "  ".join(f"{cell:>8s}" for cell in cells)
-
-    lines = [f"{'class':{width}s}  {'IoU':>8s}  {'accuracy':>8s}"]
-    columns = zip(classes, result.iou.tolist(), result.accuracy.tolist(), strict=True)
-    lines += [row(*column) for column in columns]
-    lines.append(row("mean", result.mean_iou, result.mean_accuracy))
-    return "\n".join(lines)
 
 
 def load_report(path: str, report: LoadReport) -> str:
