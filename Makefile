@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc kernels -type f) setup.py pyproject.toml
 
+.NOTPARALLEL:  # one virtual environment, one pip at a time
 .PHONY: help demo test test-full lint format clean
 help:
 	@echo "make demo       train ResNet-101 FCN on generated street scenes, about 3 minutes"

@@ -20,6 +20,7 @@ from torch.utils import cpp_extension
 
 TORCH_TARGET = "0x020a000000000000"  # the oldest stable ABI that the sources use: torch 2.10
 DEFAULT_CUDA_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0+PTX"
+DEFAULT_CUDA_ARCHS_BEFORE_12_8 = "7.5;8.0;8.6;8.9;9.0+PTX"  # older toolkits do not know 10.0
 
 
 def flag(name: str) -> bool:
@@ -75,7 +76,9 @@ def extensions() -> list[Extension]:
     sources = sorted(glob.glob("csrc/cpu/*.cpp"))
     archs = ""
     if cuda_home is not None:
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        version = tuple(map(int, cuda_version(cuda_home).split(".")[:2]))
+        default = DEFAULT_CUDA_ARCHS if version >= (12, 8) else DEFAULT_CUDA_ARCHS_BEFORE_12_8
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default)
         cpp_extension.CUDA_HOME = cuda_home  # a CPU build of torch leaves it None
         sources += sorted(glob.glob("csrc/cuda/*.cu")) + sorted(glob.glob("csrc/cuda/*.cpp"))
         # CppExtension, not CUDAExtension: the stable ABI needs no libc10_cuda, and the CPU wheel

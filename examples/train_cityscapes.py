@@ -160,18 +160,20 @@ def main() -> int:
         args.output = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
     if demo:
         args.data_root = args.output / "data"
+    if demo and not args.resume:
         print(
             f"No --data-root: training on drawn street scenes in {args.data_root}. For the real "
             "thing pass --data-root DIR, which holds leftImg8bit/ and gtFine/."
         )
     try:
         settings = TrainConfig(**vars(args))
-        if demo:
+        if demo and not args.resume:
             write_cityscapes(args.data_root, **DEMO_IMAGES)  # kept if it is there already
         result = train(settings)
     except (ValueError, OSError, CheckpointError, DivergedError) as error:
+        text = str(error).strip() or type(error).__name__
         # An error from a data worker carries the worker's traceback; its last line says it all.
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"error: {text.splitlines()[-1] if 'Traceback' in text else text}", file=sys.stderr)
         return 1
     if result.interrupted:
         print(f"interrupted at step {result.steps}; continue with --output {args.output} --resume")

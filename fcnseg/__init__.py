@@ -1,8 +1,11 @@
 """Fused upsampling + softmax cross entropy and streaming mIoU for semantic segmentation.
 
 The operators and the metric are here; ``fcnseg.models``, ``fcnseg.data`` and ``fcnseg.training``
-are imported by name, so that the operators need torch alone.
+are imported when they are first used, so that the operators need torch alone.
 """
+
+import importlib
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -21,6 +24,15 @@ from fcnseg.functional import (
 )
 from fcnseg.losses import ConvTransposeCrossEntropyLoss, UpsampleCrossEntropyLoss
 from fcnseg.metrics import ConfusionMatrix
+
+_LAZY = ("data", "models", "training")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LAZY:
+        return importlib.import_module(f"fcnseg.{name}")
+    raise AttributeError(f"module 'fcnseg' has no attribute {name!r}")
+
 
 __all__ = [
     "ConfusionMatrix",

@@ -65,7 +65,9 @@ def device_record(device: torch.device) -> Tensor:
                 "fcnseg: run the operator once before it is captured in a CUDA graph, so that "
                 "its bad-label record is not allocated from the graph's memory"
             )
-        record = torch.zeros(_FIELDS, dtype=torch.int64, device=device)
+        # Also a call under inference_mode may come first; the record must outlive it.
+        with torch.inference_mode(False):
+            record = torch.zeros(_FIELDS, dtype=torch.int64, device=device)
         _records[device] = record
     return record
 

@@ -79,7 +79,7 @@ _implementations: dict[str, dict[str, str]] = {}
 
 
 def implementations() -> dict[str, dict[str, str]]:
-    """What runs behind each operator, per device: "c++", "cuda" or "reference"."""
+    """What runs behind each operator, per device: "c++", "cuda", "triton" or "reference"."""
     return {name: dict(kinds) for name, kinds in _implementations.items()}
 
 

@@ -170,3 +170,29 @@ def test_examples_in_docstrings(name: str) -> None:
 def test_public_functions_have_examples() -> None:
     for name in ("build_info", "check_labels", *fcnseg.build_info()["operators"]):
         assert ">>> " in (getattr(fcnseg, name).__doc__ or ""), name
+
+
+def test_submodules_are_imported_when_first_used() -> None:
+    code = "import sys, fcnseg; assert 'fcnseg.models' not in sys.modules; "
+    code += "print(fcnseg.models.fcn_resnet18.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "fcn_resnet18"
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        fcnseg.nonsense  # noqa: B018
+
+
+def test_record_of_bad_labels_outlives_inference_mode() -> None:
+    from fcnseg import _labels
+
+    with torch.inference_mode():
+        record = _labels.device_record(torch.device("cpu"))
+    assert not record.is_inference()
+    _labels._records.pop(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 0, 4), (1, 3, 4, 0), (1, 0, 4, 4)])
+def test_operators_refuse_empty_logits_behind_the_checks(shape: tuple[int, ...]) -> None:
+    if fcnseg.build_info()["operators"]["upsample_argmax"]["cpu"] != "c++":
+        pytest.skip("the compiled CPU operators are missing")
+    with pytest.raises(RuntimeError, match="at least 1"):
+        torch.ops.fcnseg.upsample_argmax(torch.zeros(shape), [4, 8], False, None, None, torch.int64)

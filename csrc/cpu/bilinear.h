@@ -45,7 +45,7 @@ struct Axis {
     const double exact = align_corners ? x * step : (x + 0.5) * step - 0.5;
     const double clamped = exact < 0 ? 0 : exact;
     Source s;
-    s.i0 = std::min(static_cast<int64_t>(clamped), in - 1);
+    s.i0 = static_cast<int64_t>(std::min(clamped, static_cast<double>(in - 1)));
     s.i1 = in == out ? s.i0 : std::min(s.i0 + 1, in - 1);
     s.lambda = std::min(clamped - static_cast<double>(s.i0), 1.0);
     s.cell = exact < 0 ? 0 : s.i0 + 1;

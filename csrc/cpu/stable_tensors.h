@@ -32,7 +32,8 @@ inline DType dtype_of(const Tensor& tensor) {
 }
 
 inline Logits logits_of(const Tensor& z) {
-  STD_TORCH_CHECK(z.dim() == 4, "logits must be [N, C, h, w]");
+  STD_TORCH_CHECK(z.dim() == 4 && z.size(1) > 0 && z.size(2) > 0 && z.size(3) > 0,
+                  "logits must be [N, C, h, w] with C, h and w of at least 1");
   return {z.const_data_ptr(), dtype_of(z), z.size(0),   z.size(1),   z.size(2),
           z.size(3),          z.stride(0), z.stride(1), z.stride(2), z.stride(3)};
 }

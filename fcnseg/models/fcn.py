@@ -518,4 +518,5 @@ def _read(path: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(f"cannot read pretrained weights from {path}: {error}") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"cannot read pretrained weights from {path}: {reason}") from error

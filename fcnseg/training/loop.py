@@ -436,7 +436,7 @@ class Trainer:
         if last or (progress.epoch + 1) % config.val_interval == 0:
             result = self.validate()
             if self.interrupt.set:
-                return  # the last checkpoint still stands before this epoch's end
+                return  # the run saves a checkpoint from which this epoch is validated again
             better = progress.best_epoch == 0 or not result.mean_iou <= progress.best_miou
             progress.stale = 0 if better else progress.stale + 1
             progress.validated = progress.step
