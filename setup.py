@@ -139,6 +139,7 @@ setup(
     packages=[
         "fcnseg",
         "fcnseg.data",
+        "fcnseg.integrations",
         "fcnseg.kernels",
         "fcnseg.models",
         "fcnseg.training",

@@ -1,7 +1,7 @@
 """Fused upsampling + softmax cross entropy and streaming mIoU for semantic segmentation.
 
-The operators and the metric are here; ``fcnseg.models``, ``fcnseg.data`` and ``fcnseg.training``
-are imported when they are first used, so that the operators need torch alone.
+The operators and the metric are here; ``data``, ``integrations``, ``models`` and ``training`` are
+imported when they are first used, so that the operators need torch alone.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from fcnseg.functional import (
 from fcnseg.losses import ConvTransposeCrossEntropyLoss, UpsampleCrossEntropyLoss
 from fcnseg.metrics import ConfusionMatrix
 
-_LAZY = ("data", "models", "training")
+_LAZY = ("data", "integrations", "models", "training")
 
 
 def __getattr__(name: str) -> ModuleType:
