@@ -6,12 +6,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc kernels -type f) setup.py pyproject.toml
 
 .NOTPARALLEL:  # one virtual environment, one pip at a time
-.PHONY: help demo test test-full lint format clean
+.PHONY: help demo test test-full lint format docs package clean
 help:
 	@echo "make demo       train ResNet-101 FCN on generated street scenes, about 3 minutes"
 	@echo "make test       the test suite"
 	@echo "make test-full  with the slow tests"
 	@echo "make lint       ruff, mypy, clang-format"
+	@echo "make docs       the documentation, in build/site"
+	@echo "make package    sdist and wheel, and a smoke test of the wheel outside the repository"
 
 $(VENV)/build.stamp: requirements/build.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +31,10 @@ $(VENV)/test.stamp: requirements/test.txt requirements/oracles.txt $(VENV)/train
 
 $(VENV)/install.stamp: $(SOURCES) $(VENV)/build.stamp
 	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV)/docs.stamp: requirements/docs.txt $(VENV)/build.stamp
+	$(PIP) install -r requirements/docs.txt
 	@touch $@
 
 demo: $(VENV)/install.stamp $(VENV)/train.stamp
@@ -50,6 +56,15 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+docs: $(VENV)/install.stamp $(VENV)/train.stamp $(VENV)/docs.stamp
+	$(BIN)/python docs/figures/cells.py
+	$(BIN)/python -m mkdocs build -q
+	@echo "docs: build/site/index.html"
+
+package: $(VENV)/install.stamp
+	$(PIP) install -r requirements/package.txt
+	PYTHON=$(BIN)/python bash tests/package.sh
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fcnseg/*.so

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -294,3 +297,18 @@ def test_aot_inductor_of_upsample_argmax(tmp_path: Any) -> None:
     labels = torch._inductor.aoti_load_package(package)
     other = torch.randn_like(logits)
     assert torch.equal(labels(other), Labels()(other))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["torchvision", "transformers", "segmentation_models_pytorch"])
+def test_examples(
+    library: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_torchvision()
+    pytest.importorskip(library)
+    names = {"transformers": "segformer", "segmentation_models_pytorch": "smp"}
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    example = importlib.import_module(f"use_with_{names.get(library, library)}")
+    found = example.main(64, 64)
+    assert found["gradient"] < 1e-4
+    assert re.search(r"MB saved\nlabels: \(2, 64, 64\)", capsys.readouterr().out)
