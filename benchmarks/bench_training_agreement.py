@@ -124,8 +124,9 @@ def largest_difference(options: argparse.Namespace, **settings: Any) -> float:
     for step, (ours, theirs) in enumerate(zip(*(x for _, x in found.values()), strict=True), 1):
         differences.append(abs(ours - theirs) / abs(theirs))
         print(f"| {step} | {ours:.12f} | {theirs:.12f} | {differences[-1]:.1e} |")
-    states = [model.state_dict() for model, _ in found.values()]
-    weights = max((a - b).abs().max().item() for a, b in zip(*(s.values() for s in states)))
+    (ours, _), (theirs, _) = found.values()
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    weights = max((a - b).abs().max().item() for a, b in pairs)
     print(f"largest difference of the losses {max(differences):.1e}, of the weights {weights:.1e}")
     return max(differences)
 
@@ -185,7 +186,7 @@ def main() -> None:
     parser.add_argument("--aux", action="store_true")
     options = parser.parse_args()
     operator = fcnseg.build_info()["operators"]["conv_transpose_cross_entropy"]["cpu"]
-    print(f"operator: conv_transpose_cross_entropy on the CPU by {operator}, torch {torch.__version__}")
+    print(f"conv_transpose_cross_entropy on the CPU: {operator}; torch {torch.__version__}")
     settings = {
         "batch_size": options.batch_size,
         "lr": options.lr,
