@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--head", default="fcn")
     parser.add_argument("--deconv-groups", default="grouped")
     parser.add_argument("--output-stride", type=int, default=16)
+    parser.add_argument("--skips", help="32s, 16s or 8s, with --output-stride 32")
     parser.add_argument("--aux", action="store_true")
     options = parser.parse_args()
     operator = fcnseg.build_info()["operators"]["conv_transpose_cross_entropy"]["cpu"]
@@ -196,6 +197,7 @@ def main() -> None:
         "upsample": "deconv",
         "deconv_groups": options.deconv_groups,
         "output_stride": options.output_stride,
+        "skips": options.skips,
         "aux_loss": options.aux,
     }
     if options.dtype == "float32":

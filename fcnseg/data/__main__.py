@@ -94,14 +94,12 @@ def _resplit(
     if len(sizes) != len(names):
         raise ValueError(f"--sizes: expected one per split, {len(names)}, got {len(sizes)}")
     chosen = stratify(pool[:, :-1], sizes, groups, seed=options.seed)
-    where = {name: np.flatnonzero(chosen == s) for s, name in enumerate(names)}
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i])
+    where = {name: [i for i in order if chosen[i] == s] for s, name in enumerate(names)}
     write_split(
         options.output,
         first,
-        {
-            name: [pairs[i] for i in sorted(rows, key=lambda i: pairs[i])]
-            for name, rows in where.items()
-        },
+        {name: [pairs[i] for i in rows] for name, rows in where.items()},
         seed=options.seed,
         grouped=options.groups,
         chunk=options.chunk,
@@ -131,10 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         counts = {name: count_pixels(each, options.workers) for name, each in datasets.items()}
         if options.command == "split":
             counts = _resplit(datasets, counts, options)
-        name = type(next(iter(datasets.values()))).__name__
-        classes = next(iter(datasets.values())).classes
         splits = {name: SplitCounts.of(each) for name, each in counts.items()}
-        _write_report(Report(name, classes, splits), options)
+        kind = type(datasets[options.splits[0]])
+        _write_report(Report(kind.__name__, kind.classes, splits), options)
     except (ValueError, OSError) as error:  # DataError is a ValueError
         parser.error(str(error))
     return 0

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from .dataset import SegmentationDataset
 from .split import IntArray
 
-#: Splits whose class shares have a larger Jensen-Shannon distance differ. Two distributions that
-#: differ in one class of a share of a tenth, which the one has doubled, have 0.1.
+#: Splits whose class shares have a larger Jensen-Shannon distance differ. A class that has 5% of
+#: one split and 10% of the other brings 0.08, one that has 10% and 20% brings 0.12.
 MAX_DISTANCE = 0.1
 #: A class whose share in one split is more than this many times that in the other is uneven.
 MAX_RATIO = 2.0
@@ -226,18 +226,16 @@ class Report:
                 thick,
                 label=f"{name} ({split.images} images)",
             )
-        distances = ", ".join(f"{name} {value:.3f}" for name, value in self.distances().items())
+        title = f"{self.dataset}: class frequencies"
+        if splits > 1:
+            listed = ", ".join(f"{name} {value:.3f}" for name, value in self.distances().items())
+            title += f"\nJensen-Shannon distance to {next(iter(self.splits))}: {listed}"
         axes.set_yticks(rows, self.classes, fontsize="small" if number <= 40 else "x-small")
         axes.set(
             xscale="log",
             xlabel="share of the labelled pixels, %",
             ylim=(number - 0.4, -0.6),  # the first class on top
-            title=f"{self.dataset}: class frequencies"
-            + (
-                f"\nJensen-Shannon distance to {next(iter(self.splits))}: {distances}"
-                if distances
-                else ""
-            ),
+            title=title,
         )
         axes.grid(axis="x", alpha=0.3)
         axes.legend(loc="lower right")
