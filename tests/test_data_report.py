@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 from pathlib import Path
 
@@ -97,6 +99,12 @@ def test_warnings_name_what_differs(camvid: Path) -> None:
     assert not Report(
         "CamVid", data.CamVid.classes, {"a": splits["val"], "b": splits["val"]}
     ).warnings()
+
+
+@pytest.mark.parametrize("name", ["report", "split"])
+def test_examples_in_docstrings(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"fcnseg.data.{name}"))
+    assert result.attempted and not result.failed
 
 
 # --- division --------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import inspect
 
 import pytest
 import torch
@@ -526,6 +528,25 @@ def test_compiles_to_one_graph(options: dict[str, object], image: Tensor, target
 def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         models.fcn_resnet18(**{"num_classes": 3, **options})
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_constructors_show_the_networks_arguments(depth: int) -> None:
+    construct = getattr(models, f"fcn_resnet{depth}")
+    signature = inspect.signature(construct)
+    own = dict(inspect.signature(FCN).parameters)
+    del own["depth"]
+    assert dict(signature.parameters) == own and signature.return_annotation is FCN
+    assert construct.__name__ == f"fcn_resnet{depth}" and f"ResNet-{depth}" in construct.__doc__
+    with torch.device("meta"):
+        model = construct(3, output_stride=16)
+        expected = FCN(depth, 3, output_stride=16)
+    assert list(model.state_dict()) == list(expected.state_dict())
+
+
+def test_examples_in_docstrings() -> None:
+    result = doctest.testmod(models.fcn)
+    assert result.attempted > 3 and not result.failed
 
 
 def test_bad_depth() -> None:

@@ -281,11 +281,10 @@ class SegmentationDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 def _listed_files(path: Path, root: Path, dataset: str, split: str) -> list[tuple[Path, Path]]:
     """The pairs of a split file's split; see `fcnseg.data.split` for the format."""
+    text = read_bytes(path).tobytes()
     try:
-        content = json.loads(read_bytes(path).tobytes())
+        content = json.loads(text)
     except ValueError as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{path}: not valid JSON: {error}") from None
     splits = content.get("splits") if isinstance(content, dict) else None
     if not isinstance(splits, dict) or "dataset" not in content:

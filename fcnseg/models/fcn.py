@@ -55,8 +55,8 @@ class FCN(nn.Module):
             "16s" doubles the logits by a learnable deconvolution (4x4, stride 2, at first
             bilinear), crops them at (0, 0) to the size of layer 3, of stride 16, and adds layer 3's
             own scores, a 1x1 convolution. "8s" then does the same with layer 2, of stride 8. The
-            scores start as zero, as in the paper, so that a network with skips starts as one
-            without. `upsample` goes on from stride 16 or 8. None: no skip, any output stride.
+            scores start as zero, as in the paper, so that at first the head's logits alone count.
+            `upsample` goes on from stride 16 or 8. None: no skip, any output stride.
 
     Raises:
         TypeError: num_classes is no int.
