@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import inspect
 
 import pytest
 import torch
@@ -45,13 +47,14 @@ def target() -> Tensor:
     return target
 
 
-def make(**options: object) -> FCN:
-    """A small network with 5 classes whose deconvolution, if it has one, is no longer bilinear."""
-    model = randomise(models.fcn_resnet18(5, output_stride=16, **options))
+def make(depth: int = 18, **options: object) -> FCN:
+    """A network with 5 classes whose deconvolutions are no longer bilinear, nor its skips zero."""
+    model = randomise(FCN(depth, 5, **{"output_stride": 16, **options}))
     assert isinstance(model, FCN)
-    if model.deconv is not None:
-        with torch.no_grad():
-            model.deconv.weight.add_(0.05 * torch.randn_like(model.deconv.weight))
+    learnt = [*model.skips.parameters(), *(model.deconv.parameters() if model.deconv else ())]
+    with torch.no_grad():
+        for parameter in learnt:
+            parameter.add_(0.05 * torch.randn_like(parameter))
     return model
 
 
@@ -61,6 +64,7 @@ VARIANTS = [
     pytest.param(
         {"upsample": "deconv", "deconv_groups": "full", "aux_loss": True}, id="deconv-full"
     ),
+    pytest.param({"upsample": "deconv", "skips": "8s", "output_stride": 32}, id="deconv-8s"),
 ]
 
 
@@ -155,20 +159,10 @@ def test_feature_sizes(depth: int, output_stride: int) -> None:
     with torch.device("meta"):
         trunk = ResNet(depth, output_stride=output_stride)
         for height, width in ((64, 96), (65, 33), (1, 31)):
-            layer3, layer4 = trunk(torch.empty(2, 3, height, width))
-            assert layer4.shape == (
-                2,
-                trunk.out_channels,
-                -(-height // output_stride),
-                -(-width // output_stride),
-            )
-            stride3 = min(output_stride, 16)
-            assert layer3.shape == (
-                2,
-                trunk.aux_channels,
-                -(-height // stride3),
-                -(-width // stride3),
-            )
+            features = trunk(torch.empty(2, 3, height, width))
+            for layer, channels, stride in zip(features, trunk.channels, (8, 16, 32), strict=True):
+                s = min(stride, output_stride)
+                assert layer.shape == (2, channels, -(-height // s), -(-width // s))
 
 
 @pytest.mark.parametrize("depth", [18, 50])
@@ -176,12 +170,12 @@ def test_dilation_keeps_what_the_strided_network_computes(depth: int) -> None:
     strided = randomise(ResNet(depth, output_stride=32)).eval().double()
     x = torch.randn(1, 3, 75, 97, dtype=torch.float64)
     with torch.no_grad():
-        expected = strided(x)[1]
+        expected = strided(x)[-1]
         for output_stride in (8, 16):
             dense = ResNet(depth, output_stride=output_stride).eval().double()
             dense.load_state_dict(strided.state_dict())
             step = 32 // output_stride
-            torch.testing.assert_close(dense(x)[1][..., ::step, ::step], expected)
+            torch.testing.assert_close(dense(x)[-1][..., ::step, ::step], expected)
 
 
 # --- upsampling ------------------------------------------------------------------------------
@@ -225,13 +219,151 @@ def test_output_is_the_upsampled_low_resolution_logits(
         assert set(model.low_resolution(image, aux=False)) == {"out"}
     names = ["out", "aux"] if "aux_loss" in options else ["out"]
     assert list(low) == list(output) == names
-    assert low["out"].shape == (2, 5, 3, 5)
+    assert low["out"].shape == ((2, 5, 6, 9) if "skips" in options else (2, 5, 3, 5))
     for name in names:
         if name == "out" and model.deconv is not None:
             expected = model.deconv(low[name])[:, :, :45, :70]
         else:
             expected = F.interpolate(low[name], size=(45, 70), mode="bilinear")
         torch.testing.assert_close(output[name], expected)
+
+
+# --- skips -----------------------------------------------------------------------------------
+
+SKIPS = {None: 0, "32s": 0, "16s": 1, "8s": 2}
+
+
+def plain_output(model: FCN, x: Tensor, skips: str | None) -> dict[str, Tensor]:
+    """FCN-32s, 16s or 8s in plain PyTorch, from the model's parameters."""
+    parameters, size = dict(model.named_parameters()), x.shape[-2:]
+    trunk = model.backbone
+    stem = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x))))
+    layer2 = trunk.layer2(trunk.layer1(stem))
+    layer3 = trunk.layer3(layer2)
+    z = model.classifier(trunk.layer4(layer3))
+    for i, features in enumerate([layer3, layer2][: SKIPS[skips]]):
+        up, score, bias = (
+            parameters[f"skips.{i}.{name}"] for name in ("up.weight", "score.weight", "score.bias")
+        )
+        z = F.conv_transpose2d(z, up, stride=2, padding=1, groups=5 // up.shape[1])
+        z = z[:, :, : features.shape[2], : features.shape[3]] + F.conv2d(features, score, bias)
+    stride = 32 >> SKIPS[skips]
+    assert z.shape == (len(x), 5, -(-size[0] // stride), -(-size[1] // stride))
+    if "deconv.weight" in parameters:
+        deconv = parameters["deconv.weight"]
+        assert deconv.shape[2:] == (2 * stride, 2 * stride)
+        z = F.conv_transpose2d(
+            z, deconv, stride=stride, padding=stride // 2, groups=5 // deconv.shape[1]
+        )
+        output = {"out": z[:, :, : size[0], : size[1]]}
+    else:
+        output = {"out": F.interpolate(z, size, mode="bilinear", align_corners=False)}
+    if model.aux_classifier is not None:
+        output["aux"] = F.interpolate(
+            model.aux_classifier(layer3), size, mode="bilinear", align_corners=False
+        )
+    return output
+
+
+def assert_is_plain(model: FCN, skips: str | None, size: tuple[int, int]) -> None:
+    """Output, loss, every gradient, labels and counts, in float64."""
+    model = model.double().eval()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    target = torch.randint(0, 5, (2, *size), dtype=torch.uint8)
+    target[0, : size[0] // 3] = 255
+    expected = plain_output(model, x, skips)
+    output = model(x)
+    assert list(output) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(output[name], value)
+
+    losses = {
+        name: F.cross_entropy(z, target.long(), ignore_index=255) for name, z in expected.items()
+    }
+    expected_loss = losses["out"] + 0.4 * losses["aux"] if "aux" in losses else losses["out"]
+    expected_loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    loss = model.loss(x, target)
+    torch.testing.assert_close(loss, expected_loss)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+        torch.testing.assert_close(parameter.grad, gradients[name], msg=name)
+
+    labels = expected["out"].argmax(1)
+    assert torch.equal(model.predict(x), labels)
+    matrix = torch.zeros(5, 5, dtype=torch.int64)
+    model.update_confusion_matrix(matrix, x, target)
+    valid = target != 255
+    cells = target[valid].long() * 5 + labels[valid]
+    assert torch.equal(matrix, torch.bincount(cells, minlength=25).view(5, 5))
+
+
+@pytest.mark.parametrize("size", [(32, 64), (45, 71)], ids=str)
+@pytest.mark.parametrize("deconv_groups", [None, "grouped", "full"])
+@pytest.mark.parametrize("skips", ["32s", "16s", "8s"])
+def test_skips_equal_plain_pytorch(
+    skips: str, deconv_groups: str | None, size: tuple[int, int]
+) -> None:
+    upsample = {} if deconv_groups is None else {"upsample": "deconv"}
+    head = {"head": "plain" if deconv_groups == "grouped" else "fcn"}
+    groups = {"deconv_groups": deconv_groups or "grouped"}
+    aux = {"aux_loss": deconv_groups == "full"}
+    model = make(skips=skips, output_stride=32, **head, **aux, **groups, **upsample)
+    assert_is_plain(model, skips, size)
+
+
+@pytest.mark.parametrize("size", [(1, 31), (33, 17)], ids=str)
+def test_skips_equal_plain_pytorch_at_small_sizes(size: tuple[int, int]) -> None:
+    model = make(skips="8s", output_stride=32, upsample="deconv", aux_loss=True)
+    assert_is_plain(model, "8s", size)
+
+
+@pytest.mark.parametrize(
+    "depth",
+    [pytest.param(34, marks=pytest.mark.slow), 50, pytest.param(101, marks=pytest.mark.slow)],
+)
+def test_skips_equal_plain_pytorch_on_deeper_trunks(depth: int) -> None:
+    model = make(depth, skips="8s", output_stride=32, head="plain", upsample="deconv")
+    assert_is_plain(model, "8s", (45, 40))
+
+
+def test_network_with_skips_starts_as_one_without(image: Tensor) -> None:
+    with_skips = models.fcn_resnet18(5, output_stride=32, skips="8s").eval()
+    without = models.fcn_resnet18(5, output_stride=32).eval()
+    report = load_pretrained(without, with_skips.state_dict())
+    assert report.missing == () and all(name.startswith("skips.") for name in report.unexpected)
+    with torch.no_grad():
+        z = without.low_resolution(image)["out"]
+        for height, width in ((3, 5), (6, 9)):  # of layer 3 and of layer 2
+            z = F.interpolate(z, scale_factor=2, mode="bilinear")[..., :height, :width]
+        fine = with_skips.low_resolution(image)["out"]
+    # Beyond the interior a deconvolution sees zeros where bilinear repeats the border.
+    torch.testing.assert_close(fine[..., 3:-3, 3:-3], z[..., 3:-3, 3:-3])
+    assert z.std() > 0
+
+
+def test_loading_weights_into_a_network_with_skips() -> None:
+    options = {"output_stride": 32, "skips": "8s", "upsample": "deconv"}
+    source, model = make(**options), make(**options)
+    skips = [name for name in source.state_dict() if name.startswith("skips.")]
+    assert skips == [
+        f"skips.{i}.{name}" for i in (0, 1) for name in ("up.weight", "score.weight", "score.bias")
+    ]
+    model.load_state_dict(source.state_dict())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, source.state_dict()[name])
+
+    before = copy.deepcopy(model.state_dict())
+    report = load_pretrained(model, make(output_stride=32).state_dict())
+    assert report.missing == (*skips, "deconv.weight")
+    assert report.unexpected == () and report.mismatched == {}
+    for name in report.missing:
+        assert torch.equal(model.state_dict()[name], before[name])
+    report = load_pretrained(models.fcn_resnet18(4, **options), source.state_dict())
+    assert report.missing == () and report.unexpected == ()
+    assert {*skips, "deconv.weight"} < set(report.mismatched)
 
 
 # --- loss, labels, counts --------------------------------------------------------------------
@@ -350,9 +482,13 @@ def test_channels_last_gives_the_same_output(options: dict[str, object], image: 
         torch.testing.assert_close(output[name], value, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("upsample", ["bilinear", "deconv"])
-def test_compiles_to_one_graph(upsample: str, image: Tensor, target: Tensor) -> None:
-    model = make(upsample=upsample).eval()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"upsample": "deconv"}, {"upsample": "deconv", "skips": "8s", "output_stride": 32}],
+    ids=["bilinear", "deconv", "deconv-8s"],
+)
+def test_compiles_to_one_graph(options: dict[str, object], image: Tensor, target: Tensor) -> None:
+    model = make(**options).eval()
 
     def compiled(function: object) -> object:
         return torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -376,11 +512,41 @@ def test_compiles_to_one_graph(upsample: str, image: Tensor, target: Tensor) -> 
         ({"head": "fc"}, ValueError, r"head must be one of \('fcn', 'plain'\), got 'fc'"),
         ({"upsample": "nearest"}, ValueError, "upsample must be one of .* got 'nearest'"),
         ({"deconv_groups": 1}, ValueError, "deconv_groups must be one of .* got 1"),
+        (
+            {"skips": "4s"},
+            ValueError,
+            r"skips must be one of \('32s', '16s', '8s'\), got '4s'",
+        ),
+        ({"skips": "32s"}, ValueError, "skips='32s' needs output_stride=32, got 8"),
+        (
+            {"skips": "8s", "output_stride": 16},
+            ValueError,
+            "skips='8s' needs output_stride=32, got 16",
+        ),
     ],
 )
 def test_bad_options(options: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         models.fcn_resnet18(**{"num_classes": 3, **options})
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_constructors_show_the_networks_arguments(depth: int) -> None:
+    construct = getattr(models, f"fcn_resnet{depth}")
+    signature = inspect.signature(construct)
+    own = dict(inspect.signature(FCN).parameters)
+    del own["depth"]
+    assert dict(signature.parameters) == own and signature.return_annotation is FCN
+    assert construct.__name__ == f"fcn_resnet{depth}" and f"ResNet-{depth}" in construct.__doc__
+    with torch.device("meta"):
+        model = construct(3, output_stride=16)
+        expected = FCN(depth, 3, output_stride=16)
+    assert list(model.state_dict()) == list(expected.state_dict())
+
+
+def test_examples_in_docstrings() -> None:
+    result = doctest.testmod(models.fcn)
+    assert result.attempted > 3 and not result.failed
 
 
 def test_bad_depth() -> None:

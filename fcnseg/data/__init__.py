@@ -39,17 +39,22 @@ _DATASETS: dict[str, type[SegmentationDataset]] = {
 
 
 def open_dataset(
-    name: str, root: str | Path, split: str = "train", transform: Transform | None = None
+    name: str,
+    root: str | Path,
+    split: str = "train",
+    transform: Transform | None = None,
+    *,
+    split_file: str | Path | None = None,
 ) -> SegmentationDataset:
     """A data set by its name.
 
     Args:
         name: ``"cityscapes"``, ``"ade20k"`` or ``"camvid"``.
-        root, split, transform: as for `SegmentationDataset`.
+        root, split, transform, split_file: as for `SegmentationDataset`.
 
     Raises:
         ValueError: no data set has that name; see `SegmentationDataset` for the others.
     """
     if name not in _DATASETS:
         raise ValueError(f"name: expected one of {', '.join(_DATASETS)}; got {name!r}")
-    return _DATASETS[name](root, split, transform)
+    return _DATASETS[name](root, split, transform, split_file=split_file)

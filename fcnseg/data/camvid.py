@@ -41,6 +41,11 @@ class CamVid(SegmentationDataset):
     table = label_table(
         {value: value for value in range(11)} | {11: IGNORE_INDEX, 255: IGNORE_INDEX}
     )
+    groups = "video sequences"
+
+    @classmethod
+    def group(cls, image: Path) -> str:
+        return image.stem.partition("_")[0]  # 0016E5_00390 is a frame of sequence 0016E5
 
     def find_files(self) -> list[tuple[Path, Path]]:
         for images, labels in (

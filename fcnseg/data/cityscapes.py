@@ -57,6 +57,11 @@ class Cityscapes(SegmentationDataset):
     classes = tuple(name for _, name, _ in _CLASSES)
     palette = np.array([colour for _, _, colour in _CLASSES], np.uint8)
     table = label_table(_LABEL_ID_TO_TRAIN_ID)
+    groups = "cities"
+
+    @classmethod
+    def group(cls, image: Path) -> str:
+        return image.parent.name
 
     def find_files(self) -> list[tuple[Path, Path]]:
         image_root = self.root / "leftImg8bit" / self.split

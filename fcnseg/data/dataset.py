@@ -8,6 +8,7 @@ that names it.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -167,9 +168,12 @@ class SegmentationDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         split: one of `splits`.
         transform: called as ``transform(image, label, epoch=, index=)``; None leaves the pair as it
             is on disk.
+        split_file: a file that ``python -m fcnseg.data split`` wrote: the split's pairs are those
+            that it lists instead of those of the published split.
 
     Raises:
-        DataError: a folder or a label file is missing, or there are no images.
+        DataError: a folder or a label file is missing, or there are no images; the split file is
+            not one of this data set, lacks the split, or lists a file that does not exist.
         ValueError: `split` is not known.
     """
 
@@ -179,9 +183,15 @@ class SegmentationDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     table: ClassVar[UInt8Array]  # uint8 [256], from the label file's values to train ids
     allow_greyscale: ClassVar[bool] = False
     ignore_index: ClassVar[int] = IGNORE_INDEX
+    groups: ClassVar[str] = ""  # what `group` names; "" where images do not belong together
 
     def __init__(
-        self, root: str | Path, split: str = "train", transform: Transform | None = None
+        self,
+        root: str | Path,
+        split: str = "train",
+        transform: Transform | None = None,
+        *,
+        split_file: str | Path | None = None,
     ) -> None:
         self.root = Path(root)
         self.split = split
@@ -193,13 +203,22 @@ class SegmentationDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(f"split: {name} has {', '.join(self.splits)}; got {split!r}")
         if not self.root.is_dir():
             raise DataError(f"{self.root}: no such folder, expected the root of {name}")
-        self.files: list[tuple[Path, Path]] = self.find_files()
+        self.files: list[tuple[Path, Path]] = (
+            self.find_files()
+            if split_file is None
+            else _listed_files(Path(split_file), self.root, name, split)
+        )
         if not self.files:
             raise DataError(f"{self.root}: no images of {name}'s split {split!r} found")
 
     def find_files(self) -> list[tuple[Path, Path]]:
         """The (image, label) pairs of the split, in a fixed order."""
         raise NotImplementedError
+
+    @classmethod
+    def group(cls, image: Path) -> str:
+        """The name of what an image belongs to: images of one group resemble each other."""
+        return image.name
 
     @property
     def num_classes(self) -> int:
@@ -221,12 +240,22 @@ class SegmentationDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         """
         image_path, label_path = self.files[index]
         image = read_image(image_path, allow_greyscale=self.allow_greyscale)
-        values = read_label(label_path)
-        if image.shape[:2] != values.shape:
+        label = self.load_label(index)
+        if image.shape[:2] != label.shape:
             raise DataError(
                 f"{label_path}: expected the size of {image_path.name}, {image.shape[0]}x"
-                f"{image.shape[1]}, got {values.shape[0]}x{values.shape[1]} (height x width)"
+                f"{image.shape[1]}, got {label.shape[0]}x{label.shape[1]} (height x width)"
             )
+        return image, label
+
+    def load_label(self, index: int) -> UInt8Array:
+        """The label of a pair alone: train ids, uint8 ``[H, W]``, 255 = void.
+
+        Raises:
+            DataError: as `load` does.
+        """
+        label_path = self.files[index][1]
+        values = read_label(label_path)
         label = np.asarray(cv2.LUT(values, self.table), dtype=np.uint8)
         bad = label == _INVALID
         if bad.any():
@@ -236,7 +265,7 @@ class SegmentationDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
                 f"{label_path}: label value {values[y, x]} at row {y}, column {x} is not one of "
                 f"{type(self).__name__}'s ({_ranges(allowed.tolist())})"
             )
-        return image, label
+        return label
 
     def __len__(self) -> int:
         return len(self.files)
@@ -248,6 +277,42 @@ class SegmentationDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         if self.transform is not None:
             image, label = self.transform(image, label, epoch=int(self._epoch), index=index)
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
+
+
+def _listed_files(path: Path, root: Path, dataset: str, split: str) -> list[tuple[Path, Path]]:
+    """The pairs of a split file's split; see `fcnseg.data.split` for the format."""
+    text = read_bytes(path).tobytes()
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON: {error}") from None
+    splits = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(splits, dict) or "dataset" not in content:
+        raise DataError(f"{path}: expected the fields 'dataset' and 'splits' of a split file")
+    if content["dataset"] != dataset:
+        raise DataError(f"{path}: expected a split of {dataset}, got one of {content['dataset']}")
+    if split not in splits:
+        raise DataError(f"{path}: expected the split {split!r}, it has {', '.join(splits)}")
+    where: dict[str, str] = {}  # the split of each image
+    for name, pairs in splits.items():
+        if not isinstance(pairs, list):
+            raise DataError(f"{path}: split {name!r}: expected a list of [image, label]")
+        for pair in pairs:
+            if not (
+                isinstance(pair, list) and len(pair) == 2 and all(isinstance(x, str) for x in pair)
+            ):
+                raise DataError(f"{path}: split {name!r}: expected [image, label], got {pair!r}")
+            if pair[0] in where:
+                raise DataError(f"{path}: {pair[0]} is listed in {where[pair[0]]!r} and {name!r}")
+            where[pair[0]] = name
+    files = [(root / image, root / label) for image, label in splits[split]]
+    missing = [file for pair in files for file in pair if not file.is_file()]
+    if missing:
+        raise DataError(
+            f"{path}: lists {missing[0]}, which does not exist"
+            + (f" (nor do {len(missing) - 1} others)" if len(missing) > 1 else "")
+        )
+    return files
 
 
 def _ranges(values: list[int]) -> str:

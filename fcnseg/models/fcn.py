@@ -1,18 +1,20 @@
 """Fully convolutional networks on a ResNet trunk, and the loading of pretrained weights.
 
 Source: Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR
-2015 (the learnable, bilinear-initialised deconvolution); torchvision.models.segmentation.fcn (the
-form and the names of the heads).
+2015 (the learnable, bilinear-initialised deconvolution; the skips of FCN-16s and FCN-8s);
+torchvision.models.segmentation.fcn (the form and the names of the heads).
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from fcnseg.models.resnet import ResNet
 Head = Literal["fcn", "plain"]
 Upsample = Literal["bilinear", "deconv"]
 DeconvGroups = Literal["grouped", "full"]
+Skips = Literal["32s", "16s", "8s"]
 Reduction = Literal["none", "mean", "sum"]
 
 
@@ -47,11 +50,18 @@ class FCN(nn.Module):
             interpolation, its output cropped at (0, 0) to the input's size. The auxiliary logits
             are upsampled bilinearly in either case.
         deconv_groups: "grouped", each class upsampled from its own logits, or "full", from those of
-            all classes.
+            all classes: in every deconvolution, those of the skips included.
+        skips: The wiring of FCN-32s, 16s or 8s, with `output_stride=32` only. "32s" has no skip.
+            "16s" doubles the logits by a learnable deconvolution (4x4, stride 2, at first
+            bilinear), crops them at (0, 0) to the size of layer 3, of stride 16, and adds layer 3's
+            own scores, a 1x1 convolution. "8s" then does the same with layer 2, of stride 8. The
+            scores start as zero, as in the paper, so that at first the head's logits alone count.
+            `upsample` goes on from stride 16 or 8. None: no skip, any output stride.
 
     Raises:
         TypeError: num_classes is no int.
-        ValueError: Another argument, or num_classes, is out of its range.
+        ValueError: Another argument, or num_classes, is out of its range; or skips are asked for
+            with an output stride other than 32.
     """
 
     def __init__(
@@ -64,6 +74,7 @@ class FCN(nn.Module):
         head: Head = "fcn",
         upsample: Upsample = "bilinear",
         deconv_groups: DeconvGroups = "grouped",
+        skips: Skips | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(num_classes, int) or isinstance(num_classes, bool):
@@ -73,15 +84,21 @@ class FCN(nn.Module):
         _check_choice("head", head, get_args(Head))
         _check_choice("upsample", upsample, get_args(Upsample))
         _check_choice("deconv_groups", deconv_groups, get_args(DeconvGroups))
+        if skips is not None:
+            _check_choice("skips", skips, get_args(Skips))
+            if output_stride != 32:
+                raise ValueError(f"skips={skips!r} needs output_stride=32, got {output_stride!r}")
         self.num_classes = num_classes
         self.backbone = ResNet(depth, output_stride=output_stride)
         make_head = _fcn_head if head == "fcn" else _plain_head
-        self.classifier = make_head(self.backbone.out_channels, num_classes)
-        self.aux_classifier = (
-            make_head(self.backbone.aux_channels, num_classes) if aux_loss else None
-        )
+        full = deconv_groups == "full"
+        layer2, layer3, layer4 = self.backbone.channels
+        self.classifier = make_head(layer4, num_classes)
+        self.aux_classifier = make_head(layer3, num_classes) if aux_loss else None
+        widths = {None: (), "32s": (), "16s": (layer3,), "8s": (layer3, layer2)}[skips]
+        self.skips = nn.ModuleList(_Skip(width, num_classes, full=full) for width in widths)
         self.deconv = (
-            _bilinear_deconv(num_classes, output_stride, full=deconv_groups == "full")
+            _bilinear_deconv(num_classes, output_stride >> len(widths), full=full)
             if upsample == "deconv"
             else None
         )
@@ -94,7 +111,8 @@ class FCN(nn.Module):
             aux: Whether to compute the auxiliary logits, where there is an auxiliary head.
 
         Returns:
-            "out" [N, C, ceil(H / s), ceil(W / s)] and, where asked for, "aux" (layer 3's size).
+            "out" [N, C, ceil(H / s), ceil(W / s)], s the output stride or that of the last skip,
+            and, where asked for, "aux" (layer 3's size).
 
         Raises:
             TypeError: x is not floating-point.
@@ -104,8 +122,11 @@ class FCN(nn.Module):
             raise TypeError(f"x must be floating-point (normalised images), got {x.dtype}")
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"x must have shape [N, 3, H, W], got {list(x.shape)}")
-        layer3, layer4 = self.backbone(x)
-        logits = {"out": self.classifier(layer4)}
+        layer2, layer3, layer4 = self.backbone(x)
+        out = self.classifier(layer4)
+        for skip, features in zip(self.skips, (layer3, layer2), strict=False):
+            out = skip(out, features)
+        logits = {"out": out}
         if aux and self.aux_classifier is not None:
             logits["aux"] = self.aux_classifier(layer3)
         return logits
@@ -261,6 +282,22 @@ class FCN(nn.Module):
         )
 
 
+class _Skip(nn.Module):
+    """Logits, doubled and cropped to the size of finer features, plus these features' scores."""
+
+    def __init__(self, channels: int, num_classes: int, *, full: bool) -> None:
+        super().__init__()
+        self.up = _bilinear_deconv(num_classes, 2, full=full)
+        self.score = nn.Conv2d(channels, num_classes, 1)
+        for parameter in self.score.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, logits: Tensor, features: Tensor) -> Tensor:
+        # From h = ceil(H / 2) rows to 2h, which is H or, to be cropped, H + 1.
+        height, width = features.shape[-2:]
+        return self.up(logits)[..., :height, :width] + self.score(features)
+
+
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
@@ -311,99 +348,43 @@ def _bilinear_deconv(num_classes: int, stride: int, *, full: bool) -> nn.ConvTra
     return deconv
 
 
-def fcn_resnet18(
-    num_classes: int,
-    *,
-    aux_loss: bool = False,
-    output_stride: int = 8,
-    head: Head = "fcn",
-    upsample: Upsample = "bilinear",
-    deconv_groups: DeconvGroups = "grouped",
-) -> FCN:
-    """`FCN` on ResNet-18; its arguments are explained there."""
-    return FCN(
-        18,
-        num_classes,
-        aux_loss=aux_loss,
-        output_stride=output_stride,
-        head=head,
-        upsample=upsample,
-        deconv_groups=deconv_groups,
-    )
+_P = ParamSpec("_P")
 
 
-def fcn_resnet34(
-    num_classes: int,
-    *,
-    aux_loss: bool = False,
-    output_stride: int = 8,
-    head: Head = "fcn",
-    upsample: Upsample = "bilinear",
-    deconv_groups: DeconvGroups = "grouped",
-) -> FCN:
-    """`FCN` on ResNet-34; its arguments are explained there."""
-    return FCN(
-        34,
-        num_classes,
-        aux_loss=aux_loss,
-        output_stride=output_stride,
-        head=head,
-        upsample=upsample,
-        deconv_groups=deconv_groups,
-    )
+def _constructor(
+    depth: int, network: Callable[Concatenate[int, _P], FCN], doc: str = ""
+) -> Callable[_P, FCN]:
+    """`network` with its first argument given; it shows the signature of the others."""
+
+    def construct(*args: _P.args, **kwargs: _P.kwargs) -> FCN:
+        return network(depth, *args, **kwargs)
+
+    construct.__name__ = construct.__qualname__ = f"fcn_resnet{depth}"
+    construct.__doc__ = f"`FCN` on ResNet-{depth}; its arguments are explained there.{doc}"
+    signature = inspect.signature(functools.partial(network, depth))
+    construct.__signature__ = signature.replace(return_annotation=FCN)  # type: ignore[attr-defined]
+    return construct
 
 
-def fcn_resnet50(
-    num_classes: int,
-    *,
-    aux_loss: bool = False,
-    output_stride: int = 8,
-    head: Head = "fcn",
-    upsample: Upsample = "bilinear",
-    deconv_groups: DeconvGroups = "grouped",
-) -> FCN:
-    """`FCN` on ResNet-50; its arguments are explained there.
+_AS_TORCHVISION = """
 
-    With the default `output_stride`, `head` and `upsample`, torchvision's `fcn_resnet50`.
+    With the default `output_stride`, `head` and `upsample`, torchvision's `fcn_resnet{}`.
     """
-    return FCN(
-        50,
-        num_classes,
-        aux_loss=aux_loss,
-        output_stride=output_stride,
-        head=head,
-        upsample=upsample,
-        deconv_groups=deconv_groups,
-    )
 
-
-def fcn_resnet101(
-    num_classes: int,
-    *,
-    aux_loss: bool = False,
-    output_stride: int = 8,
-    head: Head = "fcn",
-    upsample: Upsample = "bilinear",
-    deconv_groups: DeconvGroups = "grouped",
-) -> FCN:
-    """`FCN` on ResNet-101; its arguments are explained there.
-
-    With the default `output_stride`, `head` and `upsample`, torchvision's `fcn_resnet101`.
-
+fcn_resnet18 = _constructor(18, FCN)
+fcn_resnet34 = _constructor(34, FCN)
+fcn_resnet50 = _constructor(50, FCN, _AS_TORCHVISION.format(50))
+fcn_resnet101 = _constructor(
+    101,
+    FCN,
+    _AS_TORCHVISION.format(101)
+    + """
     >>> with torch.device("meta"):
     ...     model = fcn_resnet101(21, aux_loss=True)
     >>> sum(parameter.numel() for parameter in model.parameters())
     54314346
-    """
-    return FCN(
-        101,
-        num_classes,
-        aux_loss=aux_loss,
-        output_stride=output_stride,
-        head=head,
-        upsample=upsample,
-        deconv_groups=deconv_groups,
-    )
+    """,
+)
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,9 @@ class ResNet(nn.Module):
         output_stride: 8, 16 or 32, pixels of the input per pixel of the last feature map. Below 32
             the last one or two strides become dilation.
 
-    `forward` takes [N, 3, H, W] and returns the features of layer 3 and of layer 4, in this order;
-    layer 4 has ceil(H / output_stride) rows and ceil(W / output_stride) columns. `aux_channels` and
-    `out_channels` are their widths.
+    `forward` takes [N, 3, H, W] and returns the features of layers 2, 3 and 4, `channels` wide. A
+    layer of stride s has ceil(H / s) rows and ceil(W / s) columns; without dilation the strides are
+    8, 16 and 32, with it they end at output_stride.
 
     Raises:
         ValueError: depth or output_stride is none of those.
@@ -128,8 +128,7 @@ class ResNet(nn.Module):
         self.layer2 = self._layer(block, 128, blocks[1], stride=2, dilate=False)
         self.layer3 = self._layer(block, 256, blocks[2], stride=2, dilate=output_stride < 16)
         self.layer4 = self._layer(block, 512, blocks[3], stride=2, dilate=output_stride < 32)
-        self.aux_channels = 256 * block.expansion
-        self.out_channels = 512 * block.expansion
+        self.channels = (128 * block.expansion, 256 * block.expansion, 512 * block.expansion)
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -165,7 +164,8 @@ class ResNet(nn.Module):
         ]
         return nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        layer3 = self.layer3(self.layer2(self.layer1(x)))
-        return layer3, self.layer4(layer3)
+        layer2 = self.layer2(self.layer1(x))
+        layer3 = self.layer3(layer2)
+        return layer2, layer3, self.layer4(layer3)
