@@ -22,7 +22,11 @@ from fcnseg.functional import (
     upsample_confusion_matrix_,
     upsample_cross_entropy,
 )
-from fcnseg.losses import ConvTransposeCrossEntropyLoss, UpsampleCrossEntropyLoss
+from fcnseg.losses import (
+    ConvTransposeCrossEntropyLoss,
+    SegmentationLoss,
+    UpsampleCrossEntropyLoss,
+)
 from fcnseg.metrics import ConfusionMatrix
 
 _LAZY = ("data", "models", "training")
@@ -37,6 +41,7 @@ def __getattr__(name: str) -> ModuleType:
 __all__ = [
     "ConfusionMatrix",
     "ConvTransposeCrossEntropyLoss",
+    "SegmentationLoss",
     "UpsampleCrossEntropyLoss",
     "__version__",
     "build_info",

@@ -221,12 +221,22 @@ class SegmentationDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         """
         image_path, label_path = self.files[index]
         image = read_image(image_path, allow_greyscale=self.allow_greyscale)
-        values = read_label(label_path)
-        if image.shape[:2] != values.shape:
+        label = self.load_label(index)
+        if image.shape[:2] != label.shape:
             raise DataError(
                 f"{label_path}: expected the size of {image_path.name}, {image.shape[0]}x"
-                f"{image.shape[1]}, got {values.shape[0]}x{values.shape[1]} (height x width)"
+                f"{image.shape[1]}, got {label.shape[0]}x{label.shape[1]} (height x width)"
             )
+        return image, label
+
+    def load_label(self, index: int) -> UInt8Array:
+        """The label of a pair alone: train ids, uint8 ``[H, W]``, 255 = void.
+
+        Raises:
+            DataError: as `load` does.
+        """
+        label_path = self.files[index][1]
+        values = read_label(label_path)
         label = np.asarray(cv2.LUT(values, self.table), dtype=np.uint8)
         bad = label == _INVALID
         if bad.any():
@@ -236,7 +246,7 @@ class SegmentationDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
                 f"{label_path}: label value {values[y, x]} at row {y}, column {x} is not one of "
                 f"{type(self).__name__}'s ({_ranges(allowed.tolist())})"
             )
-        return image, label
+        return label
 
     def __len__(self) -> int:
         return len(self.files)
