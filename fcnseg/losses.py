@@ -7,7 +7,7 @@ Hard pixels, the focal factor and class weights act on the map ``[N, H, W]`` tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -164,7 +164,7 @@ class ConvTransposeCrossEntropyLoss(nn.Module):
 
 
 def ohem_mask(
-    loss: Tensor, valid: Tensor, *, threshold: float = 0.7, min_kept: int = 100_000
+    loss: Tensor, valid: Tensor, *, threshold: float = 0.7, min_kept: int | float = 1 / 16
 ) -> Tensor:
     """The hard pixels of online hard example mining.
 
@@ -180,7 +180,8 @@ def ohem_mask(
             ``-log p_y``.
         valid: bool of the loss's shape: the pixels that count.
         threshold: probability in (0, 1]; a pixel whose label has less is hard.
-        min_kept: least number of pixels to keep, of the whole batch.
+        min_kept: least number of pixels of the batch to keep: an int, or a float in [0, 1], their
+            share of all pixels, valid or not.
 
     Returns:
         bool of the loss's shape. Among equal losses at the edge of the ``min_kept`` hardest,
@@ -208,13 +209,22 @@ def ohem_mask(
     _checks.pixel_loss(loss)
     _checks.same_shape("valid", valid, "loss", loss, (torch.bool,))
     _checks.number("threshold", threshold, 0, 1, open_low=True)
-    _checks.integer("min_kept", min_kept, 0)
+    _min_kept("min_kept", min_kept)
     # What is not valid comes last, also after valid pixels whose loss is 0.
     ranked = loss.detach().masked_fill(~valid, -math.inf).flatten()
     hard = ~(ranked <= -math.log(threshold))  # a NaN is not below
     # Whichever of the two sets is larger holds the other.
-    hardest = ranked.topk(min(min_kept, ranked.numel()), sorted=False).indices
+    size = ranked.numel()
+    count = round(min_kept * size) if isinstance(min_kept, float) else min(min_kept, size)
+    hardest = ranked.topk(count, sorted=False).indices
     return hard.scatter_(0, hardest, True).view_as(valid) & valid
+
+
+def _min_kept(name: str, value: int | float) -> None:
+    if isinstance(value, float):
+        _checks.number(name, value, 0, 1)
+    else:
+        _checks.integer(name, value, 0)
 
 
 def focal(loss: Tensor, gamma: float = 2.0) -> Tensor:
@@ -258,7 +268,7 @@ def pixel_mean(
     ignore_index: int = -100,
     focal_gamma: float = 0.0,
     ohem_threshold: float | None = None,
-    ohem_min_kept: int = 100_000,
+    ohem_min_kept: int | float = 1 / 16,
 ) -> Tensor:
     """Mean of a loss per pixel: over the hard pixels, weighted by class, with a focal factor.
 
@@ -303,14 +313,23 @@ def pixel_mean(
     kept = labels != ignore_index
     if ohem_threshold is not None:
         kept = ohem_mask(loss, kept, threshold=ohem_threshold, min_kept=ohem_min_kept)
-    w = kept.to(loss.dtype)
     if weight is not None:
         _checks.class_weight("weight", weight, len(weight), loss)
-        # Labels beyond the classes have no loss, or a loss of NaN.
-        w = w * weight.to(loss.dtype)[labels.clamp(0, len(weight) - 1)]
+    w = _pixel_weights(labels, kept, weight, loss.dtype)
     if focal_gamma != 0:
         loss = focal(loss, focal_gamma)
     return (w * torch.where(kept, loss, 0.0)).sum() / w.sum()
+
+
+def _pixel_weights(
+    labels: Tensor, kept: Tensor, weight: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The class weights [N, H, W] of the pixels, 0 where they are not kept."""
+    w = kept.to(dtype)
+    if weight is None:
+        return w
+    # A label beyond the classes is not kept, or its loss is NaN; it must not be an index.
+    return w * weight.to(dtype)[labels.clamp(0, len(weight) - 1)]
 
 
 class SegmentationLoss(nn.Module):
@@ -351,7 +370,7 @@ class SegmentationLoss(nn.Module):
         aux_weight: float = 0.4,
         focal_gamma: float = 0.0,
         ohem_threshold: float | None = None,
-        ohem_min_kept: int = 100_000,
+        ohem_min_kept: int | float = 1 / 16,
     ) -> None:
         super().__init__()
         _checks.loss_options(ignore_index, "mean", label_smoothing)
@@ -359,7 +378,7 @@ class SegmentationLoss(nn.Module):
         _checks.number("focal_gamma", focal_gamma, 0)
         if ohem_threshold is not None:
             _checks.number("ohem_threshold", ohem_threshold, 0, 1, open_low=True)
-        _checks.integer("ohem_min_kept", ohem_min_kept, 0)
+        _min_kept("ohem_min_kept", ohem_min_kept)
         self.per_pixel = focal_gamma != 0 or ohem_threshold is not None
         if self.per_pixel and label_smoothing != 0:
             raise ValueError(
@@ -373,6 +392,20 @@ class SegmentationLoss(nn.Module):
         self.focal_gamma = focal_gamma
         self.ohem_threshold = ohem_threshold
         self.ohem_min_kept = ohem_min_kept
+
+    @property
+    def count(self) -> Callable[[Tensor], Tensor] | None:
+        """What the mean for a target [N, H, W] divides by, as a function of the target.
+
+        With it the means of the parts of a batch can be put together to that of the batch. None
+        with hard pixels, whose number the target does not tell.
+        """
+        return self._count if self.ohem_threshold is None else None
+
+    def _count(self, target: Tensor) -> Tensor:
+        labels = target.long()
+        kept = labels != self.ignore_index
+        return _pixel_weights(labels, kept, self.weight, torch.float64).sum()
 
     def forward(self, model: FCN, x: Tensor, target: Tensor) -> Tensor:
         """Loss of ``model`` for images ``x`` [N, 3, H, W] and ``target`` [N, H, W]; a scalar."""

@@ -144,6 +144,7 @@ def test_no_more_than_valid_are_kept() -> None:
         kept = losses.ohem_mask(loss, valid, threshold=0.5, min_kept=min_kept)
         assert int(kept.sum()) == count and not (kept & ~valid).any()
     assert kept.tolist() == valid.tolist()
+    assert losses.ohem_mask(loss, valid, threshold=0.01, min_kept=0.5).sum() == 3
     assert losses.ohem_mask(loss[:0], valid[:0]).shape == (0,)
 
 
@@ -207,24 +208,21 @@ def test_compiles_into_one_graph() -> None:
 # -- the criterion of a model ----------------------------------------------------------------------
 
 
-class Trunk(torch.nn.Module):
-    """As little as the heads need: the losses are what is tested."""
+class Small(models.FCN):
+    """The heads and losses of the network, which are tested here, on as little as they need."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer3 = torch.nn.Conv2d(3, 256, 3, stride=16, padding=1)
-        self.layer4 = torch.nn.Conv2d(256, 512, 3, stride=2, padding=1)
+    def __init__(self, **options: Any) -> None:
+        torch.manual_seed(0)
+        super().__init__(18, C, output_stride=32, head="plain", **options)
+        self.backbone = torch.nn.ModuleList(
+            [torch.nn.Conv2d(3, 256, 3, 16, 1), torch.nn.Conv2d(256, 512, 3, 2, 1)]
+        )
+        self.double()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        layer3 = self.layer3(x)
-        return layer3, self.layer4(layer3)
-
-
-def make_model(**options: Any) -> models.FCN:
-    torch.manual_seed(0)
-    model = models.fcn_resnet18(C, output_stride=32, **options)
-    model.backbone = Trunk()
-    return model.double().eval()  # without dropout
+    def low_resolution(self, x: Tensor, *, aux: bool = True) -> dict[str, Tensor]:
+        layer3 = self.backbone[0](x)
+        logits = {"out": self.classifier(self.backbone[1](layer3))}
+        return logits | ({"aux": self.aux_classifier(layer3)} if self.aux_classifier else {})
 
 
 X = normal((2, 3, 40, 56), torch.float64)
@@ -243,7 +241,7 @@ def parameter_gradients(model: models.FCN, loss: Tensor) -> list[Tensor]:
 def test_criterion_of_a_model(
     gamma: float, threshold: float | None, smoothing: float, aux: bool
 ) -> None:
-    model = make_model(aux_loss=aux, upsample="deconv" if aux else "bilinear")
+    model = Small(aux_loss=aux, upsample="deconv" if aux else "bilinear")
     criterion = SegmentationLoss(
         WEIGHT.float(),
         aux_weight=0.3,
@@ -263,6 +261,20 @@ def test_criterion_of_a_model(
     theirs = eager(out["out"]) + (0.3 * eager(out["aux"]) if aux else 0)
     for a, b in zip(ours, parameter_gradients(model, theirs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_count_puts_parts_together(gamma: float) -> None:
+    model = Small()
+    criterion = SegmentationLoss(WEIGHT.float(), focal_gamma=gamma)
+    parts = [(X[:1], Y[:1]), (X[1:], Y[1:])]
+    counts = [criterion.count(y) for _, y in parts]
+    assert counts[0] != counts[1]
+    whole = sum(
+        criterion(model, *part) * count for part, count in zip(parts, counts, strict=True)
+    ) / sum(counts)
+    torch.testing.assert_close(whole, criterion(model, X, Y), rtol=1e-6, atol=0)
+    assert SegmentationLoss(ohem_threshold=0.7).count is None
 
 
 def test_criterion_moves_its_weight() -> None:
@@ -354,9 +366,14 @@ COUNTS = losses.ClassCounts(torch.ones(3).long(), torch.ones(3).long())
             "min_kept must be at least 0, got -1",
         ),
         (
-            lambda: losses.ohem_mask(LOSS, VALID, min_kept=0.5),
+            lambda: losses.ohem_mask(LOSS, VALID, min_kept=1.5),
+            ValueError,
+            r"min_kept must lie in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda: losses.ohem_mask(LOSS, VALID, min_kept="all"),
             TypeError,
-            "min_kept must be an int, got float",
+            "min_kept must be an int, got str",
         ),
         (
             lambda: losses.pixel_mean(LOSS, BYTES[0]),

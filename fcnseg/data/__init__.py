@@ -16,6 +16,7 @@ from .transforms import EvalTransform, TrainTransform, worker_init_fn
 
 __all__ = [
     "ADE20K",
+    "DATASETS",
     "MEAN",
     "STD",
     "CamVid",
@@ -31,7 +32,8 @@ __all__ = [
     "worker_init_fn",
 ]
 
-_DATASETS: dict[str, type[SegmentationDataset]] = {
+#: The data sets by their names.
+DATASETS: dict[str, type[SegmentationDataset]] = {
     "cityscapes": Cityscapes,
     "ade20k": ADE20K,
     "camvid": CamVid,
@@ -50,6 +52,6 @@ def open_dataset(
     Raises:
         ValueError: no data set has that name; see `SegmentationDataset` for the others.
     """
-    if name not in _DATASETS:
-        raise ValueError(f"name: expected one of {', '.join(_DATASETS)}; got {name!r}")
-    return _DATASETS[name](root, split, transform)
+    if name not in DATASETS:
+        raise ValueError(f"name: expected one of {', '.join(DATASETS)}; got {name!r}")
+    return DATASETS[name](root, split, transform)
