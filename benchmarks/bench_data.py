@@ -3,8 +3,9 @@
     python benchmarks/bench_data.py [--images 12] [--size 1024 2048] [--crop 768 768] [--workers 2]
 
 Draws street scenes at full size into a temporary folder, compressed as real ones are (PNG's level 6
-and adaptive filters), reads them all once (so that files come from memory), then times the stages of a sample in one process with one thread, and a DataLoader.
-Processor time is shown beside the clock's: other programs disturb it less.
+and adaptive filters), and reads them all once, so that files come from memory. Then times the
+stages of a sample in one process with one thread, and a DataLoader. Processor time is shown beside
+the clock's: other programs disturb it less.
 """
 
 from __future__ import annotations
@@ -71,15 +72,17 @@ def main() -> None:
         }
         found = {name: times(run, options.images, options.rounds) for name, run in stages.items()}
 
+        start_up = 2 * options.workers  # batches until all workers run
+        count = options.batch_size * (start_up + 8 * max(1, options.workers))
         loader = DataLoader(
             samples,
-            sampler=[*range(options.images)] * max(2, 4 * options.rounds),
+            sampler=[index % options.images for index in range(count)],
             batch_size=options.batch_size,
             num_workers=options.workers,
             worker_init_fn=data.worker_init_fn,
         )
         batches = iter(loader)
-        for _ in range(max(1, 2 * options.workers)):  # until all workers have started
+        for _ in range(start_up):
             next(batches)
         start, seen = time.perf_counter(), 0
         for images, _ in batches:
@@ -100,10 +103,11 @@ def main() -> None:
             f"| {row['cpu_mean']:.1f} |"
         )
     per_core = 1e3 / found["whole sample"]["wall"]["median"]
+    per_cpu = 1e3 / found["whole sample"]["cpu_mean"]
     print(
-        f"one process: {per_core:.1f} samples/s ({1e3 / found['whole sample']['cpu_mean']:.1f} of"
+        f"one process: {per_core:.1f} samples/s ({per_cpu:.1f} per second of processor time); "
+        f"DataLoader with {options.workers} workers: {rate:.1f} samples/s"
     )
-    print(f"processor time); DataLoader with {options.workers} workers: {rate:.1f} samples/s")
     content = {
         "options": {name: str(value) for name, value in vars(options).items()},
         "megabytes": {"image": megabytes[0], "label": megabytes[1]},
