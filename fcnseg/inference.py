@@ -386,6 +386,8 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         model = loop.build_model(config, len(data.DATASETS[config.dataset].classes))
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        # A state dict that does not fit is reported name by name.
+        text = " ".join(str(error).split())[:300]
+        reason = f"it lacks {text}" if isinstance(error, KeyError) else text
         raise CheckpointError(f"{os.fspath(path)} is not of a training run: {reason}") from error
     return Run(model.eval(), config, state.get("epoch"), state.get("scores"))

@@ -42,7 +42,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert cv2.imwrite(str(instances), labels)
     config = training.TrainConfig(
         data_root=scenes, output=folder / "run", backbone="resnet18", output_stride=32,
-        upsample="bilinear", crop=(64, 64), epochs=1, batch_size=2, val_batch_size=2, workers=0, lr=0.05, device="cpu",
+        upsample="bilinear", crop=(64, 64), epochs=1, batch_size=2, val_batch_size=2, workers=0,
+        lr=0.05, device="cpu",
     )  # fmt: skip
     with contextlib.redirect_stdout(None):
         training.train(config)
@@ -148,7 +149,7 @@ def test_bad_checkpoints(run: Path, call: Callable[..., Outcome], tmp_path: Path
         with pytest.raises(CheckpointError, match=f"is not of a training run: {reason}"):
             load_run(torn)
     checkpoint.save(torn, state | {"model": {"a": torch.zeros(1)}})
-    with pytest.raises(CheckpointError, match=r"is not of a training run: .*Missing key"):
+    with pytest.raises(CheckpointError, match=r"not of a training run: .*Missing key.{200}"):
         load_run(torn)
 
 
