@@ -1,6 +1,6 @@
 """Fused upsampling + softmax cross entropy and streaming mIoU for semantic segmentation.
 
-The operators and the metric are here; ``fcnseg.models``, ``fcnseg.data`` and ``fcnseg.training``
+The operators and the metric are here; ``fcnseg.data``, ``inference``, ``models`` and ``training``
 are imported when they are first used, so that the operators need torch alone.
 """
 
@@ -29,7 +29,7 @@ from fcnseg.losses import (
 )
 from fcnseg.metrics import ConfusionMatrix
 
-_LAZY = ("data", "models", "training")
+_LAZY = ("data", "inference", "models", "training")
 
 
 def __getattr__(name: str) -> ModuleType:

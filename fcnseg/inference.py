@@ -60,8 +60,8 @@ class Inference:
         TypeError, ValueError: an argument has the wrong type or value.
 
     Note:
-        Memory: the network's for one window; the low-resolution logits of all passes; a band of
-        some rows of full-resolution probabilities. Nothing waits for the device.
+        Memory: the network's for one batch of windows; the low-resolution logits of all passes; a
+        band of some rows of full-resolution probabilities.
 
     Source:
         Sliding windows weighted by a Gaussian: Isensee et al., "nnU-Net", Nature Methods 2021;

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fcnseg import _checks, functional
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fcnseg.models import FCN
 
 ClassWeighting = Literal["inverse", "median", "effective", "enet"]
