@@ -131,7 +131,7 @@ def main() -> int:
     except (ValueError, TypeError, CheckpointError) as error:
         print(f"error: {message(error)}", file=sys.stderr)
         return 1
-    palette = data.DATASETS[network.run.config.dataset].palette
+    palette = network.run.dataset.palette
     failures, pictures = 0, 0
     origin: dict[Path, Path] = {}  # of each name of results
     files: list[tuple[Path, Path]] = []

@@ -20,6 +20,7 @@ from fcnseg import _checks, functional
 from fcnseg.models import FCN
 
 if TYPE_CHECKING:
+    from fcnseg.data import SegmentationDataset
     from fcnseg.training import TrainConfig
 
 Average = Literal["probabilities", "logits"]
@@ -358,12 +359,14 @@ class Run:
     Attributes:
         model: with the checkpoint's weights, in evaluation mode, on the CPU.
         config: the run's settings.
+        dataset: the kind of its data, with the classes and their colours.
         epoch, scores: of the validation that ``best.pt`` was written after, fields of
             :class:`fcnseg.metrics.Scores`; None for ``last.pt``.
     """
 
     model: FCN
     config: TrainConfig
+    dataset: type[SegmentationDataset]
     epoch: int | None
     scores: dict[str, Any] | None
 
@@ -383,11 +386,12 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     state = checkpoint.load(path)
     try:
         config = TrainConfig(**state["config"])
-        model = loop.build_model(config, len(data.DATASETS[config.dataset].classes))
+        dataset = data._DATASETS[config.dataset]
+        model = loop.build_model(config, len(dataset.classes))
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         # A state dict that does not fit is reported name by name.
         text = " ".join(str(error).split())[:300]
         reason = f"it lacks {text}" if isinstance(error, KeyError) else text
         raise CheckpointError(f"{os.fspath(path)} is not of a training run: {reason}") from error
-    return Run(model.eval(), config, state.get("epoch"), state.get("scores"))
+    return Run(model.eval(), config, dataset, state.get("epoch"), state.get("scores"))

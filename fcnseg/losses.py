@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -436,29 +435,19 @@ class SegmentationLoss(nn.Module):
         return means["out"] + self.aux_weight * means["aux"] if "aux" in means else means["out"]
 
 
-@dataclass(frozen=True)
-class ClassCounts:
-    """How often the classes of a data set occur.
-
-    Attributes:
-        pixels: int64 ``[C]``, pixels of each class.
-        pixels_around: int64 ``[C]``, pixels, void left out, of the images that hold the class.
-    """
-
-    pixels: Tensor
-    pixels_around: Tensor
-
-
 def class_counts(
     targets: Iterable[Tensor | np.ndarray], num_classes: int, *, ignore_index: int = 255
-) -> ClassCounts:
-    """Count the classes of a data set's label maps.
+) -> Tensor:
+    """Count the classes in each of a data set's label maps.
 
     Args:
         targets: class indices of one image each, any shape; of a data set of
             :mod:`fcnseg.data`: ``map(dataset.load_label, range(len(dataset)))``.
         num_classes: C.
         ignore_index: label of pixels that are not counted.
+
+    Returns:
+        int64 ``[images, C]``, on the CPU.
 
     Raises:
         ValueError, TypeError: an argument has the wrong type or value.
@@ -467,24 +456,21 @@ def class_counts(
     Example:
         >>> import torch
         >>> from fcnseg.losses import class_counts
-        >>> counts = class_counts([torch.tensor([0, 0, 255, 1]), torch.tensor([0, 0])], 3)
-        >>> counts.pixels, counts.pixels_around
-        (tensor([4, 1, 0]), tensor([5, 3, 0]))
+        >>> class_counts([torch.tensor([0, 0, 255, 1]), torch.tensor([0, 0])], 3)
+        tensor([[2, 1, 0],
+                [2, 0, 0]])
     """
     _checks.num_classes(num_classes)
-    pixels = torch.zeros(num_classes, dtype=torch.int64)
-    around = torch.zeros_like(pixels)
+    rows = []
     for target in targets:
         labels = torch.as_tensor(target)
         matrix = functional.confusion_matrix(labels, labels, num_classes, ignore_index=ignore_index)
-        found = matrix.diagonal().cpu()
-        pixels += found
-        around += (found > 0) * found.sum()
-    return ClassCounts(pixels, around)
+        rows.append(matrix.diagonal().cpu())
+    return torch.stack(rows) if rows else torch.zeros((0, num_classes), dtype=torch.int64)
 
 
 def class_weights(
-    counts: ClassCounts,
+    counts: Tensor,
     method: ClassWeighting = "median",
     *,
     beta: float = 1 - 1e-8,
@@ -504,7 +490,8 @@ def class_weights(
     A class without a pixel has weight 0 and is left out of mean and median.
 
     Args:
-        counts: what :func:`class_counts` returns.
+        counts: int64 ``[images, C]``, the pixels of each class in each image; see
+            :func:`class_counts`.
         method: one of the above.
         beta: in [0, 1); 1 / (1 - beta) is the number of pixels beyond which more of a class hardly
             make it less heavy.
@@ -522,16 +509,18 @@ def class_weights(
 
     Example:
         >>> import torch
-        >>> from fcnseg.losses import ClassCounts, class_weights
-        >>> counts = ClassCounts(torch.tensor([60, 30, 10]), torch.tensor([100, 100, 100]))
-        >>> class_weights(counts, "median")
+        >>> from fcnseg.losses import class_weights
+        >>> class_weights(torch.tensor([[30, 15, 5], [30, 15, 5]]), "median")
         tensor([0.5000, 1.0000, 3.0000])
     """
     if method not in get_args(ClassWeighting):
         raise ValueError(f"method must be one of {get_args(ClassWeighting)}, got {method!r}")
     _checks.number("beta", beta, 0, 1, open_high=True)
     _checks.number("c", c, 1, open_low=True)
-    n, around = counts.pixels.double(), counts.pixels_around.double()
+    _checks.tensor("counts", counts, 2, "[images, C]", (torch.int64,))
+    # The pixels of the images that hold a class; sums of integers, exact.
+    around = ((counts > 0) * counts.sum(1, keepdim=True)).sum(0).double()
+    n = counts.sum(0).double()
     present = n > 0
     if not bool(present.any()):
         raise ValueError("counts must hold at least one pixel, got none")

@@ -291,18 +291,21 @@ def test_class_counts() -> None:
     maps = [rng.choice([0, 1, 3, 255], (4, 5 + i)).astype(np.uint8) for i in range(3)]
     maps[1][maps[1] == 3] = 0
     counts = class_counts(maps, 4)
-    kept = [m[m != 255] for m in maps]
-    assert counts.pixels.tolist() == sum(np.bincount(m, minlength=4) for m in kept).tolist()
-    around = [sum(m.size for m in kept if (m == c).any()) for c in range(4)]
-    assert counts.pixels_around.tolist() == around and around[2] == 0
+    expected = [np.bincount(m[m != 255], minlength=4) for m in maps]
+    assert counts.dtype == torch.int64 and counts.tolist() == np.stack(expected).tolist()
+    assert class_counts([], 4).shape == (0, 4)
     with pytest.raises(IndexError, match="7"):
         class_counts([np.full((2, 2), 7, np.uint8)], 4)
 
 
 def test_class_weights_equal_their_formulas() -> None:
-    n = torch.tensor([4e9, 3e7, 0, 5e5, 2e8], dtype=torch.float64)
-    around = torch.tensor([5e9, 4e9, 0, 1e9, 4.5e9], dtype=torch.float64)
-    counts = losses.ClassCounts(n.long(), around.long())
+    counts = torch.tensor(
+        [[3000000000, 20000000, 0, 0, 100000000], [1000000000, 10000000, 0, 500000, 100000000],
+         [2000000, 0, 0, 0, 0]]
+    )  # fmt: skip
+    n = counts.sum(0).double()
+    images = counts.sum(1).double()
+    around = torch.stack([images[counts[:, c] > 0].sum() for c in range(5)])
     here = n > 0
     p, f = n[here] / n.sum(), n[here] / around[here]
     numpy_median = float(np.median(f.numpy()))
@@ -317,7 +320,7 @@ def test_class_weights_equal_their_formulas() -> None:
         assert weights.dtype == torch.float32 and weights[2] == 0
         torch.testing.assert_close(weights[here].double(), expected, rtol=1e-6, atol=0)
     assert class_weights(counts, "effective", beta=0.0)[here].tolist() == [1.0] * 4
-    three = losses.ClassCounts(torch.tensor([6, 3, 1]), torch.tensor([10, 10, 10]))
+    three = torch.tensor([[6, 3, 1]])
     torch.testing.assert_close(
         class_weights(three, "effective", beta=0.5),
         (lambda w: w / w.mean())(1 / (1 - 0.5 ** torch.tensor([6.0, 3.0, 1.0]))),
@@ -329,7 +332,7 @@ def test_class_weights_equal_their_formulas() -> None:
 LOSS = torch.zeros(2, 3, 4)
 BYTES = torch.zeros(2, 3, 4, dtype=torch.uint8)
 VALID = BYTES == 0
-COUNTS = losses.ClassCounts(torch.ones(3).long(), torch.ones(3).long())
+COUNTS = torch.ones(2, 3, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
@@ -412,7 +415,17 @@ COUNTS = losses.ClassCounts(torch.ones(3).long(), torch.ones(3).long())
         (lambda: class_weights(COUNTS, beta=1.0), ValueError, r"beta must lie in \[0, 1\), got 1"),
         (lambda: class_weights(COUNTS, c=1.0), ValueError, r"c must lie in \(1, inf\), got 1"),
         (
-            lambda: class_weights(losses.ClassCounts(torch.zeros(3).long(), torch.zeros(3).long())),
+            lambda: class_weights(COUNTS[0]),
+            ValueError,
+            r"counts must have 2 dimensions \[images, C\], got shape \[3\]",
+        ),
+        (
+            lambda: class_weights(COUNTS.float()),
+            TypeError,
+            "counts must have dtype torch.int64, got torch.float32",
+        ),
+        (
+            lambda: class_weights(0 * COUNTS),
             ValueError,
             "counts must hold at least one pixel, got none",
         ),

@@ -16,7 +16,6 @@ from .transforms import EvalTransform, TrainTransform, worker_init_fn
 
 __all__ = [
     "ADE20K",
-    "DATASETS",
     "MEAN",
     "STD",
     "CamVid",
@@ -32,8 +31,7 @@ __all__ = [
     "worker_init_fn",
 ]
 
-#: The data sets by their names.
-DATASETS: dict[str, type[SegmentationDataset]] = {
+_DATASETS: dict[str, type[SegmentationDataset]] = {
     "cityscapes": Cityscapes,
     "ade20k": ADE20K,
     "camvid": CamVid,
@@ -52,6 +50,6 @@ def open_dataset(
     Raises:
         ValueError: no data set has that name; see `SegmentationDataset` for the others.
     """
-    if name not in DATASETS:
-        raise ValueError(f"name: expected one of {', '.join(DATASETS)}; got {name!r}")
-    return DATASETS[name](root, split, transform)
+    if name not in _DATASETS:
+        raise ValueError(f"name: expected one of {', '.join(_DATASETS)}; got {name!r}")
+    return _DATASETS[name](root, split, transform)
