@@ -119,7 +119,9 @@ def write_label(path: Path, values: Any) -> None:
         raise OSError(f"{path}: could not be written")
 
 
-def evaluate(network: Network, dataset: data.SegmentationDataset, args: argparse.Namespace):
+def evaluate(
+    network: Network, dataset: data.SegmentationDataset, args: argparse.Namespace
+) -> Tensor:
     """The confusion matrix of a data set; writes the submission where one is asked for."""
     ignore_index = dataset.ignore_index
     metric = fcnseg.ConfusionMatrix(
