@@ -1,7 +1,7 @@
 """Fused upsampling + softmax cross entropy and streaming mIoU for semantic segmentation.
 
-The operators and the metric are here; ``data``, ``integrations``, ``models`` and ``training`` are
-imported when they are first used, so that the operators need torch alone.
+The operators and the metric are here; ``data``, ``inference``, ``integrations``, ``models`` and
+``training`` are imported when they are first used, so that the operators need torch alone.
 """
 
 import importlib
@@ -22,10 +22,14 @@ from fcnseg.functional import (
     upsample_confusion_matrix_,
     upsample_cross_entropy,
 )
-from fcnseg.losses import ConvTransposeCrossEntropyLoss, UpsampleCrossEntropyLoss
+from fcnseg.losses import (
+    ConvTransposeCrossEntropyLoss,
+    SegmentationLoss,
+    UpsampleCrossEntropyLoss,
+)
 from fcnseg.metrics import ConfusionMatrix
 
-_LAZY = ("data", "integrations", "models", "training")
+_LAZY = ("data", "inference", "integrations", "models", "training")
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -37,6 +41,7 @@ def __getattr__(name: str) -> ModuleType:
 __all__ = [
     "ConfusionMatrix",
     "ConvTransposeCrossEntropyLoss",
+    "SegmentationLoss",
     "UpsampleCrossEntropyLoss",
     "__version__",
     "build_info",

@@ -246,3 +246,52 @@ def matrix(value: Tensor, other_name: str, other: Tensor, classes: int | None = 
             f"got shape {list(value.shape)}"
         )
     _same_device("matrix", value, other_name, other)
+
+
+def integer(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """A finite number between ``low`` and ``high``, which belong to the range unless open."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    inside = (value > low if open_low else value >= low) and math.isfinite(value)
+    if not inside or (value >= high if open_high else value > high):
+        left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
+        raise ValueError(f"{name} must lie in {left}{low}, {high}{right}, got {value}")
+
+
+def pixel_loss(value: Any) -> None:
+    """Losses of any shape, float32 or float64."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss must be a tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"loss must have dtype torch.float32, torch.float64, got {value.dtype}")
+
+
+def same_shape(
+    name: str, value: Any, other_name: str, other: Tensor, dtypes: Sequence[torch.dtype]
+) -> None:
+    """A tensor of one of ``dtypes``, of the shape and on the device of ``other``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must have dtype {_dtypes(dtypes)}, got {value.dtype}")
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {list(other.shape)}, "
+            f"got {list(value.shape)}"
+        )
+    _same_device(name, value, other_name, other)

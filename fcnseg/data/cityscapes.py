@@ -79,3 +79,7 @@ class Cityscapes(SegmentationDataset):
                     raise DataError(f"{label}: no such file, expected the label of {image}")
                 pairs.append((image, label))
         return pairs
+
+    def submission_name(self, index: int) -> str:
+        # CITY_SEQ_FRAME*.png: the rest of the name is free.
+        return f"{self.files[index][0].name.removesuffix(_IMAGE_SUFFIX)}_pred_labelIds.png"

@@ -224,6 +224,15 @@ class SegmentationDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     def num_classes(self) -> int:
         return len(self.classes)
 
+    @classmethod
+    def file_values(cls) -> UInt8Array:
+        """The value of each train id in label files, uint8 ``[num_classes]``: for submissions."""
+        return np.array([np.flatnonzero(cls.table == c)[0] for c in range(len(cls.classes))], "u1")
+
+    def submission_name(self, index: int) -> str:
+        """What the benchmark calls the file of labels that is predicted for an image."""
+        return f"{self.files[index][0].stem}.png"
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentations of an epoch; call it before iterating over the loader."""
         self._epoch.fill_(epoch)

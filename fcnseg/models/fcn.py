@@ -186,6 +186,30 @@ class FCN(nn.Module):
             ValueError: A size does not fit, or as the fused operators do.
             IndexError: A bad label, as the fused operators do.
         """
+        losses = self.losses(
+            x,
+            target,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+        return losses["out"] + aux_weight * losses["aux"] if "aux" in losses else losses["out"]
+
+    def losses(
+        self,
+        x: Tensor,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        ignore_index: int = 255,
+        reduction: Reduction = "mean",
+        label_smoothing: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """The terms of `loss`: "out" and, with an auxiliary head, "aux", without its factor.
+
+        Arguments and errors are those of `loss`.
+        """
         options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "reduction": reduction,
@@ -193,26 +217,30 @@ class FCN(nn.Module):
         }
         logits = self.low_resolution(x)
         if self.deconv is None:
-            loss = functional.upsample_cross_entropy(
-                logits["out"], target, weight=weight, **options
-            )
+            losses = {
+                "out": functional.upsample_cross_entropy(
+                    logits["out"], target, weight=weight, **options
+                )
+            }
         else:
             _check_deconv_size("target", tuple(target.shape[-2:]), x)
-            loss = functional.conv_transpose_cross_entropy(
-                logits["out"],
-                self.deconv.weight,
-                target,
-                stride=self.deconv.stride,
-                padding=self.deconv.stride[0] // 2,
-                groups=self.deconv.groups,
-                class_weight=weight,
-                **options,
-            )
+            losses = {
+                "out": functional.conv_transpose_cross_entropy(
+                    logits["out"],
+                    self.deconv.weight,
+                    target,
+                    stride=self.deconv.stride,
+                    padding=self.deconv.stride[0] // 2,
+                    groups=self.deconv.groups,
+                    class_weight=weight,
+                    **options,
+                )
+            }
         if "aux" in logits:
-            loss = loss + aux_weight * functional.upsample_cross_entropy(
+            losses["aux"] = functional.upsample_cross_entropy(
                 logits["aux"], target, weight=weight, **options
             )
-        return loss
+        return losses
 
     @torch.no_grad()
     def predict(self, x: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
