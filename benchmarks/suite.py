@@ -1,0 +1,90 @@
+"""Sets of benchmarks, each into one file of results.
+
+    python benchmarks/suite.py summary    make bench: the cases that the files name in SUMMARY
+    python benchmarks/suite.py matrix     make bench-full: every case, every process
+    python benchmarks/suite.py ... [--device cpu|cuda] [--threads N] [--seconds S] [--quick]
+
+writes ``results/SET_DEVICE_DATE.json`` (or into $OUT): {"name", "header", "files": {NAME: what
+harness.run_file found}}. On a CUDA device both take every case. A file that fails is named at the
+end; the others run all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+
+SUMMARY_LIMIT = 12
+
+
+def modules() -> list[str]:
+    """The benchmark files that keep the contract of harness.py; losses first."""
+    names = [path.stem for path in sorted(harness.HERE.glob("bench_*.py"))]
+    kept = [name for name in names if hasattr(importlib.import_module(name), "CASES")]
+    return sorted(kept, key=lambda name: ("cross_entropy" not in name, name))
+
+
+def summary_cases(module: str) -> list[str]:
+    return list(getattr(importlib.import_module(module), "SUMMARY", ()))
+
+
+def run(module: str, arguments: Sequence[str], timeout: float | None = None) -> dict[str, Any]:
+    """What a benchmark file found, run as a script."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "file.json"
+        command = [sys.executable, str(harness.HERE / f"{module}.py"), "--json", str(out)]
+        failed = {}
+        try:
+            subprocess.run([*command, *arguments], cwd=harness.ROOT, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            failed["time"] = f"no end after {timeout:.0f} s"
+        if not out.exists():
+            return {"rows": {}, "failed": failed or {"file": "it ended without results"}}
+        return json.loads(out.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="sets of benchmarks")
+    parser.add_argument("set", choices=("summary", "matrix"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=harness.device())
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, help="per implementation and case")
+    parser.add_argument("--quick", action="store_true", help="tiny problems: a test of the code")
+    options = parser.parse_args()
+    os.environ[harness.DEVICE_VARIABLE] = options.device
+    seconds = options.seconds or (1.0 if options.set == "summary" else 2.0)
+    start, files, failed = time.monotonic(), {}, []
+    for module in modules():
+        arguments = ["--device", options.device, "--threads", str(options.threads)]
+        arguments += ["--seconds", str(seconds), *(["--quick"] if options.quick else [])]
+        if options.set == "summary":
+            arguments.append("--plain")
+            if options.device == "cpu":
+                cases = summary_cases(module)
+                if not cases:
+                    continue
+                arguments += ["--cases", *cases]
+        print(f"\n{module}", flush=True)
+        files[module] = run(module, arguments)
+        failed += [f"{module}: {name}: {why}" for name, why in files[module]["failed"].items()]
+    target = {"summary": "make bench", "matrix": "make bench-full"}[options.set]
+    print(harness.save(options.set, {"files": files}, target), end="")
+    print(f", {time.monotonic() - start:.0f} s")
+    for line in failed:
+        print(f"FAILED: {line}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
