@@ -610,6 +610,7 @@ def run_file(
     threads: int,
     seconds: float,
     quick: bool,
+    timeout: float | None = None,
 ) -> dict[str, Any]:
     """{"threads", "load_before", "rates", "rows", "failed"} of a benchmark file."""
     bench = importlib.import_module(module)
@@ -627,7 +628,9 @@ def run_file(
         own = [case for case in cases if case in mode.cases or known is not bench.CASES]
         if not own:
             continue
-        found = run_worker(module, mode, own, threads=threads, seconds=seconds, quick=quick)
+        found = run_worker(
+            module, mode, own, threads=threads, seconds=seconds, quick=quick, timeout=timeout
+        )
         out["rates"] = out["rates"] or found["rates"]
         for name, reason in found["failed"].items():
             out["failed"][f"{name}, {mode.name}" if mode.name else name] = reason
@@ -659,6 +662,7 @@ def main(
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device())
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="per implementation and case")
+    parser.add_argument("--timeout", type=float, help="seconds of each process")
     parser.add_argument("--plain", action="store_true", help="the first process only")
     parser.add_argument("--quick", action="store_true", help="tiny problems: a test of the code")
     parser.add_argument("--json", type=Path, help="the rows go there instead of to results/")
@@ -681,12 +685,13 @@ def main(
         threads=options.threads,
         seconds=0.01 if options.quick else options.seconds,
         quick=options.quick,
+        timeout=options.timeout,
     )
     print(table(content["rows"], [*columns, *_peers(content["rows"], columns)]))
     if options.json is not None:
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     elif not options.quick:
-        print(save(module, content))
+        print(os.path.relpath(save(module, content)))
     for name, reason in content["failed"].items():
         print(f"FAILED: {name}: {reason}", file=sys.stderr)
     sys.exit(1 if content["failed"] else 0)
