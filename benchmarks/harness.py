@@ -215,7 +215,9 @@ def _cpu_rounds(run: Callable[[], Any], count: int) -> list[float]:
 def _cuda_rounds(run: Callable[[], Any], count: int) -> list[float]:
     """Device time of each call (1 above)."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    flush = torch.empty(max(64 << 20, 2 * properties.L2_cache_size), dtype=torch.uint8, device="cuda")
+    flush = torch.empty(
+        max(64 << 20, 2 * properties.L2_cache_size), dtype=torch.uint8, device="cuda"
+    )
     torch.cuda.synchronize()
     start_of_call = time.perf_counter()
     run()

@@ -100,9 +100,7 @@ def profiler_table(step: Any) -> str:
             step()
         harness.synchronize()
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
-    return profile.key_averages().table(
-        sort_by=order, row_limit=12, max_name_column_width=60
-    )
+    return profile.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60)
 
 
 def main() -> None:
@@ -121,7 +119,11 @@ def main() -> None:
         return
     for name in suite.modules():
         bench = importlib.import_module(name)
-        harness.require_compiled_file(bench)
+        try:
+            harness.require_compiled_file(bench)
+        except RuntimeError as error:
+            print(f"skipped {name}: {error}")
+            continue
         step_of(bench, options.quick)()
     harness.synchronize()
     rows = resources() if options.device == "cuda" else []

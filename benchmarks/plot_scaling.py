@@ -68,7 +68,9 @@ def main() -> None:
     os.environ[harness.DEVICE_VARIABLE] = parser.parse_args().device
     harness.require_compiled("upsample_cross_entropy")
     content: dict[str, Any] = {
-        axis: {name: [measure(case, name, 1, True) for case in cases] for name in ("eager", "fused")}
+        axis: {
+            name: [measure(case, name, 1, True) for case in cases] for name in ("eager", "fused")
+        }
         for axis, cases in (("pixels", PIXELS), ("classes", CLASSES))
     }
     if harness.device() == "cpu":
