@@ -2,9 +2,9 @@
 
 The contract of a ``bench_NAME.py``, where NAME is an operator's stem:
 
-    CASES                       {name: case}; a case has ``inputs()`` on ``device()``, and ``tiny()``
-    CUDA_CASES                  optional: these instead of CASES where ``device()`` is "cuda"
-    SUMMARY                     optional: the names in CASES that ``make bench`` runs (12 in all files)
+    CASES                       {name: case}; a case has ``inputs()``, on device(), and ``tiny()``
+    CUDA_CASES                  optional: these instead of CASES where device() is "cuda"
+    SUMMARY                     optional: the names in CASES that make bench runs; all files: 12
     OPERATORS                   optional: what "fused" calls, where that is not the operator NAME
     implementation(name, case)  one step as a callable of no arguments, on inputs of its own; it
                                 returns what it made and keeps none of it (so autograd.grad, not

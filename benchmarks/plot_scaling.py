@@ -1,6 +1,8 @@
 """Time and added memory of the loss, fused and eager, against pixels, classes and threads.
 
-python benchmarks/plot_scaling.py [--device cpu|cuda]    writes results/scaling_DEVICE_DATE.json, .png
+    python benchmarks/plot_scaling.py [--device cpu|cuda]
+
+writes results/scaling_DEVICE_DATE.json and .png.
 """
 
 from __future__ import annotations

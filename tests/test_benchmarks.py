@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +17,7 @@ import torch
 
 import fcnseg
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu
 import harness
@@ -220,6 +219,93 @@ def test_peak_memory_sees_full_resolution_planes() -> None:
     plane = 19 * 512 * 512 * 4 / 2**20
     assert harness.peak_memory("bench_upsample_argmax", "eager", case) >= plane
     assert harness.peak_memory("bench_upsample_argmax", "fused", case) < plane / 2
+
+
+# --- what only a CUDA device runs, on stand-ins -----------------------------------------------------
+
+
+class Properties:
+    """Of an H100, as far as they are read."""
+
+    major, minor = 9, 0
+    L2_cache_size = 50 << 20
+    max_threads_per_multi_processor = 2048
+    shared_memory_per_multiprocessor = 233_472
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The log of what was asked of the device."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 2.5
+
+    class Flush:
+        def zero_(self) -> None:
+            log.append("flush")
+
+    def empty(size: int, dtype: torch.dtype, device: str) -> Flush:
+        assert size >= 2 * Properties.L2_cache_size and device == "cuda"
+        return Flush()
+
+    monkeypatch.setenv(harness.DEVICE_VARIABLE, "cuda")
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("hold"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    return log
+
+
+def test_cuda_rounds_start_cold_and_with_the_launches_queued(cuda: list[str]) -> None:
+    assert harness.rounds(lambda: cuda.append("run"), 2) == [0.0025, 0.0025]
+    once = ["flush", "hold", "event", "run", "event", "wait"]
+    assert cuda == ["wait", "run", "wait", *once, *once]
+
+
+def test_cuda_memory_is_the_growth_of_the_peak(
+    cuda: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: cuda.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 << 20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 8 << 20)
+    assert harness.cuda_peak_memory(lambda: cuda.append("run")) == 5
+    assert cuda == ["wait", "reset", "run", "wait"]
+    assert harness.wall(lambda: cuda.append("run"), 3) >= 0
+    assert cuda[4:] == ["wait", "run", "run", "run", "wait"]
+
+
+def test_registers_are_those_of_the_loaded_kernels(
+    cuda: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    kernels = importlib.import_module("fcnseg.kernels.upsample_argmax")
+
+    class Handle:
+        metadata = SimpleNamespace(num_warps=4, shared=0)
+        n_regs, n_spills = 255, 0
+
+        def _init_handles(self) -> None:
+            cuda.append("load")
+
+    kernel = kernels._upsample_argmax_kernel
+    if not hasattr(kernel, "device_caches"):
+        pytest.skip("Triton's interpreter compiles nothing")
+    monkeypatch.setattr(kernel, "device_caches", {0: ({"key": Handle()}, {}, None, None, None)})
+    expected = {"registers": 255, "spills": 0, "shared": 0, "warps": 4, "occupancy": 0.125}
+    assert kernel_profile.resources() == [
+        {"kernel": "upsample_argmax._upsample_argmax_kernel", **expected}
+    ]
+    assert cuda == ["load"]
 
 
 # --- the report -----------------------------------------------------------------------------------
