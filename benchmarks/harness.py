@@ -250,7 +250,10 @@ def rounds(run: Callable[[], Any], count: int) -> list[float]:
 
 
 def measure(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, dict[str, float]]:
-    """Statistics of each, some ``seconds`` of it: 7 to 101 rounds, in turn, three times over."""
+    """Statistics of each, some ``seconds`` of it, in turn, three times over.
+
+    7 to 101 rounds; 3 where one takes longer than five seconds.
+    """
     counts: dict[str, int] = {}
     found: dict[str, list[float]] = {}
     for name, run in runs.items():
@@ -260,7 +263,7 @@ def measure(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, 
         run()
         synchronize()
         once = time.perf_counter() - start
-        counts[name] = min(101, max(7, int(seconds / once)))
+        counts[name] = min(101, max(3 if once > 5 else 7, int(seconds / once)))
         found[name] = []
     for i in range(3):
         for name, run in runs.items():
@@ -603,6 +606,12 @@ def save(name: str, content: dict[str, Any], command: str | None = None) -> Path
     return path
 
 
+def in_one_process(modes: Sequence[Mode], cases: Sequence[str]) -> Mode:
+    """All implementations that need no environment of their own, side by side on every case."""
+    names = [name for mode in modes if not mode.environment for name in mode.implementations]
+    return Mode("", list(dict.fromkeys(names)), cases)
+
+
 def run_file(
     module: str,
     modes: Sequence[Mode],
@@ -626,8 +635,7 @@ def run_file(
     }
     rows = out["rows"]
     for mode in modes:
-        # where the device has cases of its own, every mode takes them
-        own = [case for case in cases if case in mode.cases or known is not bench.CASES]
+        own = [case for case in cases if case in mode.cases]
         if not own:
             continue
         found = run_worker(
@@ -640,11 +648,12 @@ def run_file(
             if "fused" in mode.implementations:
                 rows[f"{case}, {mode.name}" if mode.name else case] = row
                 continue
-            timed = [row[name] for name in mode.implementations if name in row]
-            if timed:  # several implementations: the best one
-                best = min(timed, key=lambda each: each["median"])
-                rows.setdefault(case, {})[mode.name] = best
-            rows.setdefault(case, {}).setdefault("skipped", {}).update(row.get("skipped", {}))
+            # a competitor in an environment of its own goes by the environment's name
+            into = rows.setdefault(case, {})
+            into.setdefault("skipped", {}).update(row.pop("skipped", {}))
+            for name in mode.implementations:
+                if name in row:
+                    into[mode.name if mode.environment else name] = row[name]
     if device() == "cpu" and not quick:
         for case in cases:
             if case in memory_cases and "fused" in rows.get(case, {}):
@@ -665,7 +674,7 @@ def main(
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0, help="per implementation and case")
     parser.add_argument("--timeout", type=float, help="seconds of each process")
-    parser.add_argument("--plain", action="store_true", help="the first process only")
+    parser.add_argument("--plain", action="store_true", help="one process, no environments")
     parser.add_argument("--quick", action="store_true", help="tiny problems: a test of the code")
     parser.add_argument("--json", type=Path, help="the rows go there instead of to results/")
     options = parser.parse_args()
@@ -678,10 +687,10 @@ def main(
     if unknown := [case for case in cases if case not in known]:
         parser.error(f"--cases: no {unknown[0]!r} on {options.device}; choose from {list(known)}")
     # what allocators and instruction sets do is a question of the CPU's
-    only_first = options.plain or options.quick or options.device == "cuda"
+    one_process = options.plain or options.quick or options.device == "cuda"
     content = run_file(
         module,
-        modes[:1] if only_first else modes,
+        [in_one_process(modes, cases)] if one_process else modes,
         cases,
         memory_cases,
         threads=options.threads,

@@ -169,6 +169,32 @@ def test_a_worker_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert content["failed"] == {"bad": "AssertionError: the second one is wrong"}
 
 
+def test_competitors_with_an_environment_go_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = fake_bench()
+    monkeypatch.setitem(sys.modules, "bench_fake", bench)
+
+    def run_worker(module: str, mode: harness.Mode, cases: Any, **options: Any) -> dict[str, Any]:
+        times = {name: harness.statistics([0.001 * len(name)]) for name in mode.implementations}
+        rows = {case: {**times, "skipped": {mode.name: "why"}} for case in cases}
+        return {"rates": RATES, "rows": rows, "failed": {"x": "y"} if mode.environment else {}}
+
+    monkeypatch.setattr(harness, "run_worker", run_worker)
+    modes = [
+        harness.Mode("", ["eager", "fused"], ["only"]),
+        harness.Mode("AVX2", ["fused"], ["only"], {"A": "1"}),
+        harness.Mode("page-keeping", ["eager"], ["only"], {"B": "1"}),
+        harness.Mode("torch.compile", ["compile"], ["only", "none"]),
+    ]
+    found = harness.run_file("bench_fake", modes, ["only"], [], threads=1, seconds=0, quick=False)
+    assert set(found["rows"]) == {"only", "only, AVX2"}
+    row = found["rows"]["only"]
+    assert set(row) == {"eager", "fused", "page-keeping", "compile", "skipped"}
+    assert row["page-keeping"] == row["eager"] and row["compile"]["median"] == 7
+    assert found["failed"] == {"x, AVX2": "y", "x, page-keeping": "y"}
+    together = harness.in_one_process(modes, ["only"])
+    assert together == harness.Mode("", ["eager", "fused", "compile"], ["only"])
+
+
 def test_a_process_that_dies_is_named() -> None:
     mode = harness.Mode("", ["fused"], [])
     found = harness.run_worker("no_such_file", mode, [], threads=1, seconds=0, quick=True)
@@ -221,7 +247,7 @@ def test_peak_memory_sees_full_resolution_planes() -> None:
     assert harness.peak_memory("bench_upsample_argmax", "fused", case) < plane / 2
 
 
-# --- what only a CUDA device runs, on stand-ins -----------------------------------------------------
+# --- what only a CUDA device runs, on stand-ins ---------------------------------------------------
 
 
 class Properties:
