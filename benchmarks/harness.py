@@ -429,6 +429,7 @@ def worker(text: str) -> None:
     cases = cases_of(bench)
     content: dict[str, Any] = {"rates": measure_rates(options["quick"]), "rows": {}, "failed": {}}
     for name in options["cases"]:
+        print(f"{options['module']}: {name}", file=sys.stderr, flush=True)
         case = cases[name].tiny() if options["quick"] else cases[name]
         try:
             row = measure_case(

@@ -5,7 +5,7 @@
 
 rewrites what stands between ``<!-- bench:SET -->`` and ``<!-- /bench -->`` in README.md and docs/:
 for each device the newest ``results/SET_DEVICE_DATE.json``, as a Markdown table, and draws the
-plots beside the JSON. The same files give the same bytes. SET is summary, matrix, gpu or scaling.
+plots. The same files give the same bytes. SET is summary, matrix, gpu or scaling.
 """
 
 from __future__ import annotations
@@ -119,25 +119,31 @@ def missing(content: dict[str, Any]) -> list[str]:
     return lines + [f"Failed: {each}." for each in failed]
 
 
-def section(path: Path, link: str) -> str:
-    """A file of results as Markdown; ``link`` leads from the document to results/."""
+def plot_path(path: Path, document: Path) -> Path:
+    """Beside the JSON for README.md, in docs/figures for the pages of docs/."""
+    folder = path.parent if document.parent == harness.ROOT else document.parent / "figures"
+    return folder / f"{path.stem}.png"
+
+
+def section(path: Path, document: Path) -> str:
+    """A file of results as Markdown. No link: README.md is also a page of the site of docs/."""
     content = json.loads(path.read_text())
-    sources = f"[figures]({link}/{path.name}), [plot]({link}/{path.stem}.png)"
-    if content["name"] == "scaling":
-        about = belongs_to(content["header"], 1, None)
-        return f"{about}; {sources}\n\n![scaling]({link}/{path.stem}.png)\n"
-    first = next(iter(content["files"].values()), {})
+    scaling = content["name"] == "scaling"
+    first = {} if scaling else next(iter(content["files"].values()), {})
     load = first.get("load_before", [None])[0]
     about = belongs_to(content["header"], first.get("threads", 1), load)
-    parts = [f"{about}; {sources}", table(content), *missing(content)]
+    parts = [f"{about}; `benchmarks/results/{path.name}`, plot beside it"]
+    if document.parent != harness.ROOT:
+        parts = [f"{about}; `benchmarks/results/{path.name}`"]
+        parts += [f"![{content['name']}](figures/{path.stem}.png)"]
+    if not scaling:
+        parts += [table(content), *missing(content)]
     return "\n\n".join(parts) + "\n"
 
 
 def render(paths: Sequence[Path], document: Path) -> str:
     """The inside of a block of ``document``."""
-    folder = "benchmarks/results"
-    link = folder if document.parent == harness.ROOT else f"../{folder}"
-    text = "\n".join(section(path, link) for path in paths)
+    text = "\n".join(section(path, document) for path in paths)
     return f"\n{text}\n" if text else ""
 
 
@@ -216,7 +222,7 @@ def main() -> None:
         content = json.loads(options.print.read_text())
         print("\n\n".join([table(content), *missing(content)]))
         return
-    used: set[str] = set()
+    plots: dict[Path, Path] = {}
     for document in documents():
         text = document.read_text()
         fresh = rewrite(text, document)
@@ -224,11 +230,12 @@ def main() -> None:
             document.write_text(fresh)
             print(f"rewrote {document.relative_to(harness.ROOT)}")
         for match in BLOCK.finditer(fresh):
-            used.update(SOURCE.findall(match[3]))
-    for name in sorted(used):
-        path = harness.RESULTS / name
-        plot(path, path.with_suffix(".png"))
-        print(f"drew {path.stem}.png")
+            for path in (harness.RESULTS / name for name in SOURCE.findall(match[3])):
+                plots[plot_path(path, document)] = path
+    for target, path in sorted(plots.items()):
+        target.parent.mkdir(exist_ok=True)
+        plot(path, target)
+        print(f"drew {target.relative_to(harness.ROOT)}")
 
 
 if __name__ == "__main__":
