@@ -516,7 +516,7 @@ def _version(package: str) -> str | None:
 def header(command: str | None = None) -> dict[str, Any]:
     """What the numbers belong to."""
     if command is None:
-        script = Path(sys.argv[0])
+        script = Path(sys.argv[0]).resolve()
         script = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
         command = " ".join(["python", f"{script}", *sys.argv[1:]])
     commit = _first_line(["git", "rev-parse", "--short", "HEAD"])

@@ -2,7 +2,7 @@
 
     python benchmarks/plot_scaling.py [--device cpu|cuda]
 
-writes results/scaling_DEVICE_DATE.json and .png.
+writes results/scaling_DEVICE_DATE.json; report.py draws it.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def main() -> None:
             name: [measure(PIXELS[3], name, threads, False) for threads in counts]
             for name in ("eager", "fused")
         }
-    path = harness.save("scaling", content)
-    draw(content).savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
-    print(os.path.relpath(path))
+    print(os.path.relpath(harness.save("scaling", content)))
 
 
 if __name__ == "__main__":

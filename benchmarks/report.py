@@ -38,14 +38,15 @@ def newest(name: str) -> list[Path]:
     return [path for _, path in sorted(found.items())]
 
 
-def belongs_to(about: dict[str, Any], threads: int, load: float | None) -> str:
+def belongs_to(about: dict[str, Any], threads: int | None, load: float | None) -> str:
     """What a table's numbers belong to, in one line."""
     built = about["build_info"]
     words = [f"**{about['device']}**"]
     if about["kind"] == "cuda":
         words += [about["capability"], f"driver {about['driver']}", f"CUDA {about['cuda']}"]
     else:
-        words += [f"{built['cpu_capability']}", f"{threads} thread{'s' if threads > 1 else ''}"]
+        words += [f"{built['cpu_capability']}"]
+        words += [f"{threads} thread{'s' if threads > 1 else ''}"] if threads else []
     words += [f"torch {about['torch']}"]
     if about["kind"] == "cuda":
         words += [f"triton {about['triton']}"]
@@ -131,7 +132,7 @@ def section(path: Path, document: Path) -> str:
     scaling = content["name"] == "scaling"
     first = {} if scaling else next(iter(content["files"].values()), {})
     load = first.get("load_before", [None])[0]
-    about = belongs_to(content["header"], first.get("threads", 1), load)
+    about = belongs_to(content["header"], first.get("threads"), load)
     parts = [f"{about}; `benchmarks/results/{path.name}`, plot beside it"]
     if document.parent != harness.ROOT:
         parts = [f"{about}; `benchmarks/results/{path.name}`"]

@@ -201,7 +201,9 @@ def test_a_process_that_dies_is_named() -> None:
     assert found["failed"] == {"process ''": "the process ended with 1"}
 
 
-def test_header_names_what_the_numbers_belong_to() -> None:
+def test_header_names_what_the_numbers_belong_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(harness.HERE / "suite.py"), "matrix"])
+    assert harness.header()["command"] == "python benchmarks/suite.py matrix"
     about = harness.header("make bench")
     assert about["command"] == "make bench" and about["kind"] == "cpu"
     assert about["torch"] == torch.__version__ and about["commit"] and about["date"]
