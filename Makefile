@@ -6,11 +6,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc kernels -type f) setup.py pyproject.toml
 
 .NOTPARALLEL:  # one virtual environment, one pip at a time
-.PHONY: help demo test test-full lint format docs package clean
+.PHONY: help demo test test-full bench bench-full bench-report gpu lint format docs package clean
 help:
 	@echo "make demo       train ResNet-101 FCN on generated street scenes, about 3 minutes"
 	@echo "make test       the test suite"
 	@echo "make test-full  with the slow tests"
+	@echo "make bench      12 benchmarks, under 10 minutes; bench-full: all of them"
+	@echo "make bench-report   their tables and plots, into README.md and docs/"
+	@echo "make gpu        build, GPU tests and benchmarks with the python3 that sees the GPU; no network"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make docs       the documentation, in build/site"
 	@echo "make package    sdist and wheel, and a smoke test of the wheel outside the repository"
@@ -45,6 +48,19 @@ test: $(VENV)/install.stamp $(VENV)/test.stamp
 
 test-full: $(VENV)/install.stamp $(VENV)/test.stamp
 	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/install.stamp $(VENV)/test.stamp
+	$(BIN)/python benchmarks/suite.py summary
+
+bench-full: $(VENV)/install.stamp $(VENV)/test.stamp
+	$(BIN)/python benchmarks/suite.py matrix
+	$(BIN)/python benchmarks/plot_scaling.py
+
+bench-report: $(VENV)/install.stamp $(VENV)/test.stamp
+	$(BIN)/python benchmarks/report.py
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 lint: $(VENV)/install.stamp $(VENV)/test.stamp
 	$(BIN)/ruff check .

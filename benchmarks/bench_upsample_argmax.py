@@ -1,4 +1,4 @@
-"""upsample_argmax against F.interpolate + argmax, on the CPU.
+"""upsample_argmax against F.interpolate + argmax.
 
 python benchmarks/bench_upsample_argmax.py [--cases CASE ...]     (see harness.py)
 """
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import PAGE_KEEPING, Case, Mode, main, require_compiled, time_case
+from harness import PAGE_KEEPING, Case, Mode, Work, main, require_compiled, time_case
 from torch import Tensor
 
 import fcnseg
@@ -20,6 +20,16 @@ CASES = {
     "19 classes": Case((2, 19, 64, 128), (512, 1024)),
     "150 classes": Case((2, 150, 64, 64), (512, 512)),
 }
+SUMMARY = ["19 classes"]
+CUDA_CASES = {
+    "1x19x128x256 to 1024x2048, fp16": Case((1, 19, 128, 256), (1024, 2048), dtype=torch.float16),
+    "1x19x128x256 to 1024x2048, fp32": Case((1, 19, 128, 256), (1024, 2048)),
+    "8x150x64x64 to 512x512, fp32": Case((8, 150, 64, 64), (512, 512)),
+}
+
+
+def eager_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(logits, size, mode="bilinear").argmax(1)
 
 
 def implementation(name: str, case: Case) -> Callable[[], Tensor]:
@@ -27,7 +37,18 @@ def implementation(name: str, case: Case) -> Callable[[], Tensor]:
     logits = case.inputs()[0]
     if name == "fused":
         return lambda: fcnseg.upsample_argmax(logits, case.size)
-    return lambda: F.interpolate(logits, case.size, mode="bilinear").argmax(1)
+    argmax = eager_argmax
+    if name == "compile":
+        torch._dynamo.reset()
+        argmax = torch.compile(eager_argmax, dynamic=False)
+    return lambda: argmax(logits, case.size)
+
+
+def work(case: Case) -> Work:
+    """Four comparisons per sample, where they tell the winner of a whole cell; labels in int64."""
+    (N, C, h, w), (H, W) = case.shape, case.size
+    samples = N * C * h * w
+    return Work(samples * case.dtype.itemsize, 8 * N * H * W, 4 * samples)
 
 
 def check(case: Case) -> None:
@@ -41,7 +62,7 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["eager", "fused"])
+@pytest.mark.parametrize("name", ["eager", "compile", "fused"])
 def test_time(benchmark: Any, case: str, name: str) -> None:
     require_compiled("upsample_argmax")
     torch.set_num_threads(1)
@@ -54,9 +75,9 @@ if __name__ == "__main__":
     main(
         __file__,
         [
-            Mode("", ["eager", "fused"], list(CASES)),
+            Mode("", ["eager", "compile", "fused"], list(CASES)),
             Mode("eager with page-keeping malloc", ["eager"], list(CASES), PAGE_KEEPING),
         ],
-        ["eager", "eager with page-keeping malloc"],
+        ["eager", "eager with page-keeping malloc", "compile"],
         list(CASES),
     )

@@ -1,0 +1,139 @@
+"""What the kernels of a device use: registers, spills, occupancy, and the profiler's table.
+
+    python benchmarks/kernel_profile.py [--device cpu|cuda] [--quick] [--launch]
+
+prints it and writes ``results/profile_DEVICE_DATE.json``. Registers are those of the kernels that
+the driver loaded; the CPU has none to show. --launch only runs the loss, for a profiler outside.
+
+Occupancy: blocks on a multiprocessor = the least that registers (65536, given to warps in units of
+256), shared memory, threads and the limit of blocks allow; times warps of a block, over all warps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import harness
+import suite
+import torch
+
+REGISTERS = 65536
+MAX_BLOCKS = {75: 16, 86: 16, 87: 16, 89: 24}  # of a multiprocessor; else 32
+
+
+def occupancy(
+    registers: int, warps: int, shared: int, shared_memory: int, max_warps: int, max_blocks: int
+) -> float:
+    """Share of a multiprocessor's warps that can be resident."""
+    blocks = min(max_blocks, max_warps // warps)
+    if registers > 0:
+        blocks = min(blocks, REGISTERS // (-(-registers * 32 // 256) * 256 * warps))
+    if shared > 0:
+        blocks = min(blocks, shared_memory // shared)
+    return blocks * warps / max_warps
+
+
+def compiled_kernels() -> Iterator[tuple[str, Any]]:
+    """Name and handle of each Triton kernel that this process has launched on CUDA."""
+    kernels = importlib.import_module("fcnseg.kernels")
+    for each in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"fcnseg.kernels.{each.name}")
+        for name, function in vars(module).items():
+            if getattr(function, "__module__", None) != module.__name__:
+                continue
+            for device_cache in getattr(function, "device_caches", {}).values():
+                for kernel in device_cache[0].values():
+                    yield f"{each.name}.{name}", kernel
+
+
+def resources() -> list[dict[str, Any]]:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    max_warps = properties.max_threads_per_multi_processor // 32
+    max_blocks = MAX_BLOCKS.get(10 * properties.major + properties.minor, 32)
+    rows = []
+    for name, kernel in compiled_kernels():
+        kernel._init_handles()
+        warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
+        share = occupancy(
+            kernel.n_regs,
+            warps,
+            shared,
+            properties.shared_memory_per_multiprocessor,
+            max_warps,
+            max_blocks,
+        )
+        rows.append(
+            {
+                "kernel": name,
+                "registers": kernel.n_regs,
+                "spills": kernel.n_spills,
+                "shared": shared,
+                "warps": warps,
+                "occupancy": round(share, 3),
+            }
+        )
+    return rows
+
+
+def step_of(bench: ModuleType, quick: bool) -> Any:
+    """The fused step of a file's first case on this device."""
+    case = next(iter(harness.cases_of(bench).values()))
+    return bench.implementation("fused", case.tiny() if quick else case)
+
+
+def profiler_table(step: Any) -> str:
+    """Of five steps, by the device's time."""
+    cuda = harness.device() == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    step()
+    harness.synchronize()
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(5):
+            step()
+        harness.synchronize()
+    order = "self_device_time_total" if cuda else "self_cpu_time_total"
+    return profile.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="registers, occupancy, profile")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=harness.device())
+    parser.add_argument("--quick", action="store_true", help="tiny problems: a test of the code")
+    parser.add_argument("--launch", action="store_true")
+    options = parser.parse_args()
+    os.environ[harness.DEVICE_VARIABLE] = options.device
+    loss = importlib.import_module("bench_upsample_cross_entropy")
+    if options.launch:
+        step = step_of(loss, options.quick)
+        for _ in range(4):
+            step()
+        harness.synchronize()
+        return
+    for name in suite.modules():
+        bench = importlib.import_module(name)
+        try:
+            harness.require_compiled_file(bench)
+        except RuntimeError as error:
+            print(f"skipped {name}: {error}")
+            continue
+        step_of(bench, options.quick)()
+    harness.synchronize()
+    rows = resources() if options.device == "cuda" else []
+    for row in rows:
+        print(", ".join(f"{key} {value}" for key, value in row.items()))
+    text = profiler_table(step_of(loss, options.quick))
+    print(text)
+    path = harness.save("profile", {"kernels": rows, "profiler": text.splitlines()})
+    print(os.path.relpath(path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,491 @@
+"""The benchmarks' own arithmetic, and that their tables are those of the committed results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fcnseg
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import gpu
+import harness
+import kernel_profile
+import report
+import suite
+
+RATES = {"bytes per ms": 1e6, "operations per ms": 1e9}
+OPERATORS = fcnseg.build_info()["operators"]
+compiled = pytest.mark.skipif(
+    OPERATORS["upsample_argmax"]["cpu"] != "c++", reason="the compiled CPU operators are missing"
+)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(harness.DEVICE_VARIABLE, "cpu")
+
+
+def fake_bench(**implementations: Any) -> ModuleType:
+    """A benchmark file: implementations by name; one that is an exception is raised."""
+    bench = ModuleType("bench_fake")
+
+    def implementation(name: str, case: Any) -> Any:
+        if isinstance(implementations[name], Exception):
+            raise implementations[name]
+        return implementations[name]
+
+    bench.implementation = implementation
+    bench.CASES = {"only": harness.Case((1, 2, 4, 4), (8, 8))}
+    bench.OPERATORS = ()
+    bench.check = lambda case: None
+    bench.work = lambda case: harness.Work(1000, 0)
+    return bench
+
+
+def test_statistics_are_quantiles_in_milliseconds() -> None:
+    found = harness.statistics([0.001 * i for i in (5, 1, 4, 2, 3, 6)])
+    assert found == {"p20": 2.0, "median": 3.5, "p80": 5.0, "rounds": 6}
+
+
+@pytest.mark.parametrize(
+    ("work", "milliseconds", "bound"),
+    [
+        (harness.Work(3_000_000, 1_000_000, 1_000), 4.0, "bytes"),
+        (harness.Work(3_000_000, 1_000_000, 8_000_000_000), 8.0, "operations"),
+    ],
+)
+def test_floor_is_the_larger_bound(work: harness.Work, milliseconds: float, bound: str) -> None:
+    floor = work.floor(RATES)
+    assert (floor["ms"], floor["bound"], floor["read ms"]) == (milliseconds, bound, 3.0)
+
+
+def test_rates_are_those_of_a_copy_and_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "rounds", lambda run, count: [0.004, 0.002, 0.003])
+    rates = harness.measure_rates(tiny=True)
+    assert rates == {"bytes per ms": 2 * 4 * 2**18 / 2, "operations per ms": 64**3 / 2}
+
+
+def test_measure_takes_turns_and_7_to_101_rounds() -> None:
+    order = []
+
+    def run(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    found = harness.measure({"a": lambda: run("a", 0.002), "b": lambda: run("b", 1e-6)}, 0.001)
+    assert found["a"]["rounds"] == 7
+    assert 7 <= found["b"]["rounds"] <= 101
+    assert found["a"]["median"] >= 2 > found["b"]["median"]
+    assert "".join(dict.fromkeys(order[4:6])) == "a" and order[-1] == "b"
+    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert turns == ["a", "b"] * 4  # the warm-up and three passes
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", ["reference", "c++", "triton", "cuda"])
+def test_the_fallback_is_not_called_fused(
+    monkeypatch: pytest.MonkeyPatch, device: str, kind: str
+) -> None:
+    other = {"cpu": "cuda", "cuda": "cpu"}[device]
+    kinds = {device: kind, other: "reference" if kind != "reference" else "c++"}
+    monkeypatch.setenv(harness.DEVICE_VARIABLE, device)
+    monkeypatch.setattr(fcnseg, "build_info", lambda: {"operators": {"upsample_argmax": kinds}})
+    bench = fake_bench(fused=lambda: None)
+    bench.OPERATORS = ("upsample_argmax",)
+    if kind != "reference":
+        harness.require_compiled_file(bench)
+        return
+    with pytest.raises(RuntimeError, match="may not be called fused"):
+        harness.measure_case(bench, bench.CASES["only"], ["fused"], 0, RATES)
+
+
+def test_device_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(harness.DEVICE_VARIABLE, "tpu")
+    with pytest.raises(ValueError, match="expected cpu or cuda, got 'tpu'"):
+        harness.device()
+
+
+def test_a_peer_that_is_missing_or_fails_is_named() -> None:
+    bench = fake_bench(
+        fused=lambda: None,
+        absent=harness.Unavailable("needs a package"),
+        broken=ValueError("no\nmore"),
+        hungry=torch.OutOfMemoryError("CUDA"),
+    )
+    names = ["absent", "broken", "hungry", "fused"]
+    row = harness.measure_case(bench, bench.CASES["only"], names, 0, RATES)
+    assert row["skipped"] == {"absent": "needs a package", "hungry": "out of memory"}
+    assert row["failed"] == {"broken": "ValueError: no"}
+    assert row["fused"]["rounds"] == 7
+    assert row["floor"]["ms"] == 1e-3
+
+
+def test_nothing_is_timed_before_it_is_right() -> None:
+    bench = fake_bench(fused=lambda: pytest.fail("was timed"))
+
+    def check(case: Any) -> None:
+        raise AssertionError("wrong")
+
+    bench.check = check
+    with pytest.raises(AssertionError, match="wrong"):
+        harness.measure_case(bench, bench.CASES["only"], ["fused"], 0, RATES)
+
+
+def test_a_worker_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = fake_bench(fused=lambda: None)
+    bench.CASES = {"good": bench.CASES["only"], "bad": bench.CASES["only"]}
+
+    def check(case: Any) -> None:
+        if out.exists():
+            raise AssertionError("the second one is wrong")
+
+    bench.check = check
+    monkeypatch.setitem(sys.modules, "bench_fake", bench)
+    out = tmp_path / "rows.json"
+    options = {
+        "module": "bench_fake",
+        "implementations": ["fused"],
+        "cases": ["good", "bad"],
+        "threads": torch.get_num_threads(),
+        "seconds": 0,
+        "quick": True,
+        "out": str(out),
+    }
+    harness.worker(json.dumps(options))
+    content = json.loads(out.read_text())
+    assert list(content["rows"]) == ["good"]
+    assert content["failed"] == {"bad": "AssertionError: the second one is wrong"}
+
+
+def test_competitors_with_an_environment_go_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = fake_bench()
+    monkeypatch.setitem(sys.modules, "bench_fake", bench)
+
+    def run_worker(module: str, mode: harness.Mode, cases: Any, **options: Any) -> dict[str, Any]:
+        times = {name: harness.statistics([0.001 * len(name)]) for name in mode.implementations}
+        rows = {case: {**times, "skipped": {mode.name: "why"}} for case in cases}
+        return {"rates": RATES, "rows": rows, "failed": {"x": "y"} if mode.environment else {}}
+
+    monkeypatch.setattr(harness, "run_worker", run_worker)
+    modes = [
+        harness.Mode("", ["eager", "fused"], ["only"]),
+        harness.Mode("AVX2", ["fused"], ["only"], {"A": "1"}),
+        harness.Mode("page-keeping", ["eager"], ["only"], {"B": "1"}),
+        harness.Mode("torch.compile", ["compile"], ["only", "none"]),
+    ]
+    found = harness.run_file("bench_fake", modes, ["only"], [], threads=1, seconds=0, quick=False)
+    assert set(found["rows"]) == {"only", "only, AVX2"}
+    row = found["rows"]["only"]
+    assert set(row) == {"eager", "fused", "page-keeping", "compile", "skipped"}
+    assert row["page-keeping"] == row["eager"] and row["compile"]["median"] == 7
+    assert found["failed"] == {"x, AVX2": "y", "x, page-keeping": "y"}
+    together = harness.in_one_process(modes, ["only"])
+    assert together == harness.Mode("", ["eager", "fused", "compile"], ["only"])
+
+
+def test_a_process_that_dies_is_named() -> None:
+    mode = harness.Mode("", ["fused"], [])
+    found = harness.run_worker("no_such_file", mode, [], threads=1, seconds=0, quick=True)
+    assert found["failed"] == {"process ''": "the process ended with 1"}
+
+
+def test_header_names_what_the_numbers_belong_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(harness.HERE / "suite.py"), "matrix"])
+    assert harness.header()["command"] == "python benchmarks/suite.py matrix"
+    about = harness.header("make bench")
+    assert about["command"] == "make bench" and about["kind"] == "cpu"
+    assert about["torch"] == torch.__version__ and about["commit"] and about["date"]
+    assert about["build_info"] == fcnseg.build_info()
+    assert {"device", "driver", "cuda", "triton", "python"} <= set(about)
+
+
+def test_results_go_where_out_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "new"))
+    path = harness.save("summary", {"files": {}})
+    assert path.parent == tmp_path / "new" and path.name.startswith("summary_")
+    assert json.loads(path.read_text())["name"] == "summary"
+
+
+def test_summary_covers_the_operators_with_at_most_12_cases() -> None:
+    cases = {name: suite.summary_cases(name) for name in suite.modules()}
+    assert sum(map(len, cases.values())) <= suite.SUMMARY_LIMIT
+    for name, chosen in cases.items():
+        assert set(chosen) <= set(importlib.import_module(name).CASES), name
+    operators = ("upsample_cross_entropy", "upsample_argmax", "upsample_confusion_matrix")
+    for operator in (*operators, "confusion_matrix"):
+        assert cases[f"bench_{operator}"], operator
+
+
+@compiled
+@pytest.mark.parametrize("name", suite.modules())
+def test_one_case_of_each_file_runs(name: str) -> None:
+    bench = importlib.import_module(name)
+    case = next(iter(bench.CASES.values())).tiny()
+    row = harness.measure_case(bench, case, ["eager", "fused"], 0.001, RATES)
+    assert "skipped" not in row and "failed" not in row
+    assert row["eager"]["rounds"] >= 7 and row["fused"]["rounds"] >= 7
+    if hasattr(bench, "work"):
+        assert row["floor"]["ms"] > 0
+
+
+@compiled
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_peak_memory_sees_full_resolution_planes() -> None:
+    case = harness.Case((1, 19, 32, 32), (512, 512))
+    plane = 19 * 512 * 512 * 4 / 2**20
+    assert harness.peak_memory("bench_upsample_argmax", "eager", case) >= plane
+    assert harness.peak_memory("bench_upsample_argmax", "fused", case) < plane / 2
+
+
+# --- what only a CUDA device runs, on stand-ins ---------------------------------------------------
+
+
+class Properties:
+    """Of an H100, as far as they are read."""
+
+    major, minor = 9, 0
+    L2_cache_size = 50 << 20
+    max_threads_per_multi_processor = 2048
+    shared_memory_per_multiprocessor = 233_472
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The log of what was asked of the device."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 2.5
+
+    class Flush:
+        def zero_(self) -> None:
+            log.append("flush")
+
+    def empty(size: int, dtype: torch.dtype, device: str) -> Flush:
+        assert size >= 2 * Properties.L2_cache_size and device == "cuda"
+        return Flush()
+
+    monkeypatch.setenv(harness.DEVICE_VARIABLE, "cuda")
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("hold"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    return log
+
+
+def test_cuda_rounds_start_cold_and_with_the_launches_queued(cuda: list[str]) -> None:
+    assert harness.rounds(lambda: cuda.append("run"), 2) == [0.0025, 0.0025]
+    once = ["flush", "hold", "event", "run", "event", "wait"]
+    assert cuda == ["wait", "run", "wait", *once, *once]
+
+
+def test_cuda_memory_is_the_growth_of_the_peak(
+    cuda: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: cuda.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 << 20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 8 << 20)
+    assert harness.cuda_peak_memory(lambda: cuda.append("run")) == 5
+    assert cuda == ["wait", "reset", "run", "wait"]
+    assert harness.wall(lambda: cuda.append("run"), 3) >= 0
+    assert cuda[4:] == ["wait", "run", "run", "run", "wait"]
+
+
+def test_registers_are_those_of_the_loaded_kernels(
+    cuda: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    kernels = importlib.import_module("fcnseg.kernels.upsample_argmax")
+
+    class Handle:
+        metadata = SimpleNamespace(num_warps=4, shared=0)
+        n_regs, n_spills = 255, 0
+
+        def _init_handles(self) -> None:
+            cuda.append("load")
+
+    kernel = kernels._upsample_argmax_kernel
+    if not hasattr(kernel, "device_caches"):
+        pytest.skip("Triton's interpreter compiles nothing")
+    monkeypatch.setattr(kernel, "device_caches", {0: ({"key": Handle()}, {}, None, None, None)})
+    expected = {"registers": 255, "spills": 0, "shared": 0, "warps": 4, "occupancy": 0.125}
+    assert kernel_profile.resources() == [
+        {"kernel": "upsample_argmax._upsample_argmax_kernel", **expected}
+    ]
+    assert cuda == ["load"]
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def results(kind: str = "cpu") -> dict[str, Any]:
+    def times(median: float) -> dict[str, float]:
+        return {"p20": median, "median": median, "p80": median, "rounds": 7}
+
+    fast = {
+        "fused": times(2.0) | ({"wall": 2.5, "graph": 1.9} if kind == "cuda" else {}),
+        "eager": times(50.0),
+        "compile": times(1.0),
+        "numpy": times(3.0),
+        "memory": {"fused": 1.25, "eager": 300.4},
+        "floor": harness.Work(500_000, 500_000, 10).floor(RATES),
+        "skipped": {"liger": "needs liger_kernel"},
+    }
+    about = harness.header("make bench") | {"kind": kind, "capability": "sm_90"}
+    rows = {"first": fast, "second": {"fused": times(1.0)}}
+    file = {"threads": 1, "load_before": [0.5], "rows": rows, "failed": {"third": "it is wrong"}}
+    return {"name": "summary", "header": about, "files": {"bench_upsample_argmax": file}}
+
+
+def test_table_shows_losses_and_what_is_missing() -> None:
+    content = results()
+    lines = report.table(content).splitlines()
+    assert lines[2] == (
+        "| `upsample_argmax` | first | 2 | 25x | 0.5x | numpy 1.5x | 1.2 / 300 | 1 (bytes) | 2.0 "
+        "| 0.5 GB/s |"
+    )
+    assert len({line.count("|") for line in lines}) == 1
+    assert report.missing(content) == [
+        "Skipped: liger (needs liger_kernel).",
+        "Failed: bench_upsample_argmax: third: it is wrong.",
+    ]
+
+
+def test_table_of_a_gpu_has_graph_wall_and_the_time_to_read_the_inputs() -> None:
+    lines = report.table(results("cuda")).splitlines()
+    assert "| 2 | 1.9 | 2.5 | 25x | 0.5x |" in lines[2]
+    assert lines[2].endswith("| 0.5 GB/s | 0.5 | 4.0 |")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_report_is_a_function_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    for date, median in (("2026-01-02", 2.0), ("2026-01-03", 4.0)):
+        content = results()
+        row = content["files"]["bench_upsample_argmax"]["rows"]["first"]
+        row["fused"]["median"] = median
+        (tmp_path / f"summary_a-b_{date}.json").write_text(json.dumps(content))
+    readme = tmp_path / "README.md"
+    text = "before\n<!-- bench:summary -->\nold\n<!-- /bench -->\nafter\n"
+    once = report.rewrite(text, readme)
+    assert report.rewrite(once, readme) == once
+    assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
+    assert "2026-01-03.json" in once and "2026-01-02.json" not in once
+    assert report.stale_blocks(once, readme) == []
+    assert report.stale_blocks(once.replace("| 4 |", "| 3 |"), readme) == ["summary"]
+    assert report.stale_blocks(once.replace("2026-01-03", "2026-01-02"), readme) == ["summary"]
+
+
+def test_plots_are_deterministic(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "summary_a_2026-01-01.json"
+    file.write_text(json.dumps(results()))
+    for name in ("a.png", "b.png"):
+        report.plot(file, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("document", report.documents(), ids=lambda path: path.name)
+def test_tables_match_the_committed_results(document: Path) -> None:
+    """Mend with make bench-report."""
+    assert report.stale_blocks(document.read_text(), document) == []
+
+
+# --- make gpu -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_make_gpu_stops_at_once_without_a_gpu() -> None:
+    done = subprocess.run([sys.executable, str(gpu.__file__)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("make gpu: no CUDA device: torch ")
+    assert "make gpu PYTHON=" in done.stderr
+
+
+def test_make_gpu_continues_past_a_failing_part(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def python(code: str) -> list[str]:
+        return [sys.executable, "-c", code]
+
+    parts = {
+        "build": python("raise SystemExit(3)"),
+        "tests": python("import time; time.sleep(60)"),
+        "sanitizer": "compute-sanitizer is not on the PATH",
+        "benchmarks": python("print('it ran')"),
+    }
+    monkeypatch.setattr(gpu, "commands", lambda options: parts)
+    monkeypatch.setitem(gpu.BOXES, "tests", 0.2)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--quick"])
+    start = time.monotonic()
+    assert gpu.main() == 1
+    assert time.monotonic() - start < 20
+    out, error = capfd.readouterr()
+    assert "it ran" in out
+    assert "build: FAILED: exit status 3" in out and "tests: FAILED: no end after 0 s" in out
+    assert "sanitizer: skipped: compute-sanitizer is not on the PATH" in out
+    assert "benchmarks: passed" in out
+    assert error.endswith("make gpu: failed: build, tests\n")
+
+
+def test_make_gpu_takes_the_files_with_gpu_tests() -> None:
+    names = {Path(path).name for path in gpu.gpu_tests()}
+    assert "test_triton_gpu.py" in names and "test_data.py" not in names
+
+
+@pytest.mark.parametrize(
+    ("registers", "warps", "shared", "expected"),
+    [
+        (32, 4, 0, 1.0),  # 64 warps of 64
+        (255, 4, 0, 0.125),  # 2 blocks of 4 warps
+        (40, 1, 0, 0.5),  # 32 blocks of one warp
+        (32, 4, 100_000, 0.125),  # 2 blocks fit the shared memory
+    ],
+)
+def test_occupancy(registers: int, warps: int, shared: int, expected: float) -> None:
+    assert kernel_profile.occupancy(registers, warps, shared, 233_472, 64, 32) == expected
+
+
+@compiled
+@pytest.mark.slow
+def test_make_gpu_runs_on_the_cpu_with_tiny_problems(tmp_path: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a compiler")
+    command = [sys.executable, str(gpu.__file__), "--device", "cpu", "--quick"]
+    done = subprocess.run(
+        [*command, "--parts", "benchmarks", "profile"],
+        env=harness.environment({"OUT": str(tmp_path)}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("gpu_*.json")
+    content = json.loads(path.read_text())
+    assert set(content["files"]) == set(suite.modules())
+    assert all("fused" in row for f in content["files"].values() for row in f["rows"].values())
+    assert set(content["parts"]) == {"benchmarks", "profile"}
+    assert "\n=== result\n| operator | case |" in done.stdout
+    assert list(tmp_path.glob("profile_*.json"))
