@@ -53,7 +53,7 @@ def no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(("prediction", "target"), itertools.product(DTYPES, DTYPES))
+@pytest.mark.parametrize(("prediction", "target"), list(itertools.product(DTYPES, DTYPES)))
 @pytest.mark.parametrize("num_classes", [2, 19, 150])
 def test_every_pair_of_dtypes(
     num_classes: int, prediction: torch.dtype, target: torch.dtype
