@@ -34,14 +34,15 @@ DEBUG = flag("DEBUG")
 
 def find_cuda_home() -> str | None:
     """The CUDA toolkit, or None. A CPU build of torch hides it even where CUDA_HOME is set."""
-    home = cpp_extension.CUDA_HOME or os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if home is None and (nvcc := shutil.which("nvcc")):
-        home = os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
-    if home is not None and not os.path.exists(os.path.join(home, "bin", "nvcc")):
-        home = "/usr/local/cuda"
-    if home is None or not os.path.exists(os.path.join(home, "bin", "nvcc")):
-        return None
-    return home
+    homes = [cpp_extension.CUDA_HOME, os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        homes.append(os.path.dirname(os.path.dirname(os.path.realpath(nvcc))))
+    for home in [*homes, "/usr/local/cuda"]:
+        # The nvcc on the path may be a script that calls one elsewhere: its folder has no headers.
+        files = ("bin/nvcc", "include/cuda_runtime.h")
+        if home is not None and all(os.path.exists(os.path.join(home, file)) for file in files):
+            return home
+    return None
 
 
 def choose_cuda() -> str | None:

@@ -508,6 +508,10 @@ def _split(results: Iterable[Counts | Failure]) -> tuple[list[Counts], list[Fail
     return counts, failures
 
 
+def _sorted(failures: Iterable[Failure]) -> list[Failure]:
+    return sorted(failures, key=lambda failure: failure.truth)
+
+
 def _sum_matrix(counts: Iterable[Counts], num_classes: int) -> npt.NDArray[np.int64]:
     matrix = np.zeros(num_classes * num_classes, np.int64)
     for pair in counts:
@@ -657,7 +661,7 @@ def evaluate_cityscapes(
         result=result,
         table=cityscapes_table(result),
         pairs=len(counts),
-        failures=unpaired + failures,
+        failures=_sorted(unpaired + failures),
         unmatched=unmatched,
     )
 
@@ -728,7 +732,7 @@ def evaluate_folders(
         },
         table=format_scores(result, classes),
         pairs=len(counts),
-        failures=unpaired + failures,
+        failures=_sorted(unpaired + failures),
         unmatched=unmatched,
     )
 

@@ -218,7 +218,7 @@ def test_cuda_policy_leaves_bad_pixels_out_and_records_them() -> None:
     target[1, 0, 0] = -3
     keep = (prediction < 5) & ((target == 255) | ((target >= 0) & (target < 5)))
     matrix = torch.zeros(5, 5, dtype=torch.int64)
-    _ops._confusion_matrix_cuda(matrix, prediction, target, 255)
+    _ops._confusion_matrix_reference_cuda(matrix, prediction, target, 255)
     assert torch.equal(matrix, bincount_matrix(prediction[keep], target[keep], 5, 255))
     with pytest.raises(IndexError, match=r"holds 2 values .* first is 9 at position \(0, 1, 2\)"):
         fcnseg.check_labels()
@@ -230,9 +230,9 @@ def test_cuda_policy_checks_at_once_if_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("FCNSEG_CHECK_LABELS", "1")
     matrix = torch.zeros(2, 2, dtype=torch.int64)
     wrong, right = torch.tensor([0, 4, 1]), torch.tensor([0, 1, 1])
-    _ops._confusion_matrix_cuda(matrix, right, right, -100)
+    _ops._confusion_matrix_reference_cuda(matrix, right, right, -100)
     with pytest.raises(IndexError, match="first is 4"):
-        _ops._confusion_matrix_cuda(matrix, wrong, right, -100)
+        _ops._confusion_matrix_reference_cuda(matrix, wrong, right, -100)
 
 
 @pytest.mark.usefixtures("records")
@@ -241,7 +241,7 @@ def test_record_takes_labels_of_any_rank(shape: tuple[int, ...]) -> None:
     matrix = torch.zeros(2, 2, dtype=torch.int64)
     wrong = torch.zeros(shape, dtype=torch.int64)
     wrong.view(-1)[-1] = 4
-    _ops._confusion_matrix_cuda(matrix, wrong, torch.zeros_like(wrong), -100)
+    _ops._confusion_matrix_reference_cuda(matrix, wrong, torch.zeros_like(wrong), -100)
     with pytest.raises(IndexError, match=r"1 value .* first is 4"):
         fcnseg.check_labels()
 

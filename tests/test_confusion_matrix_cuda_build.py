@@ -3,7 +3,6 @@
 import ctypes
 import importlib.util
 import itertools
-import os
 import re
 import shutil
 import subprocess
@@ -19,9 +18,20 @@ LABELS = ("Label8", "Label16", "Label32", "Label64")
 ENTRIES = ("count_replicated", "count_single", "count_global")
 
 
-def _nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+def _nvidia_files(pattern: str) -> list[Path]:
+    """Files of NVIDIA's packages on PyPI."""
+    spec = importlib.util.find_spec("nvidia")
+    places = [] if spec is None else list(spec.submodule_search_locations or [])
+    return [found for place in places for found in Path(place).glob(pattern)]
+
+
+def _cuobjdump(*arguments: str) -> str:
+    programs = [shutil.which("cuobjdump"), *_nvidia_files("*/bin/cuobjdump")]
+    programs = [program for program in programs if program is not None]
+    if not programs:
+        pytest.skip("needs cuobjdump, of the CUDA toolkit or of nvidia-cuda-cuobjdump")
+    command = [str(programs[0]), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -36,22 +46,8 @@ def test_emulated_kernels_are_exact_under_sanitizers(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.skipif(_nvcc() is None, reason="needs nvcc")
-def test_registers_and_spills(tmp_path: Path) -> None:
-    flags = ["-std=c++17", "-O3", "-arch=sm_90", "-Xptxas", "-v", "-cubin"]
-    files = [str(CUDA / "confusion_matrix.cu"), "-o", str(tmp_path / "kernels.cubin")]
-    command = [str(_nvcc()), *flags, *files]
-    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = [int(found) for found in re.findall(r"Used (\d+) registers", log)]
-    assert len(registers) == len(LABELS) ** 2 * len(ENTRIES) + 1
-    assert max(registers) <= 64
-    assert all(int(found) == 0 for found in re.findall(r"(\d+) bytes spill", log))
-
-
 def test_nvrtc_compiles_for_volta() -> None:
-    spec = importlib.util.find_spec("nvidia")
-    places = [] if spec is None else list(spec.submodule_search_locations or [])
-    libraries = [found for place in places for found in Path(place).glob("*/lib/libnvrtc.so.12")]
+    libraries = _nvidia_files("*/lib/libnvrtc.so.12")
     if not libraries:
         pytest.skip("needs nvidia-cuda-nvrtc-cu12")
     nvrtc = ctypes.CDLL(str(libraries[0]))
@@ -79,12 +75,19 @@ def test_fat_binary_holds_what_was_asked_for() -> None:
     if built is None or built["cuda"] is None:
         pytest.skip("fcnseg was built without CUDA (FORCE_CUDA=1 forces it)")
     assert fcnseg.build_info()["operators"]["confusion_matrix_"]["cuda"] == "cuda"
-    dump = shutil.which("cuobjdump")
-    if dump is None:
-        pytest.skip("needs cuobjdump")
     library = importlib.util.find_spec("fcnseg._C")
     assert library is not None and library.origin is not None
-    command = [dump, "--list-elf", library.origin]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for arch in built["cuda_archs"].replace("+PTX", "").replace(" ", ";").split(";"):
-        assert f"sm_{arch.replace('.', '')}" in listed
+    archs = built["cuda_archs"].replace(" ", ";").split(";")
+    expected = {f"sm_{arch.removesuffix('+PTX').replace('.', '')}" for arch in archs}
+    # Libraries that are linked in bring code of their own, so more may be listed.
+    assert expected <= set(re.findall(r"sm_\d+", _cuobjdump("--list-elf", library.origin)))
+    if archs[-1].endswith("+PTX"):
+        assert max(expected, key=lambda arch: int(arch[3:])) in _cuobjdump(
+            "--list-ptx", library.origin
+        )
+    usage = _cuobjdump("--dump-resource-usage", library.origin)
+    ours = re.findall(r"Function (\S*fcnseg\S*):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    per_arch = len(LABELS) ** 2 * len(ENTRIES) + 1  # and record_invalid
+    assert len(ours) == per_arch * len(expected)
+    for name, registers, stack, local in ours:
+        assert int(registers) <= 64 and (int(stack), int(local)) == (0, 0), name

@@ -1,6 +1,10 @@
 """The compiled counting of confusion matrices: label types, class counts, threads, layouts."""
 
 import itertools
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from torch import Tensor
 import fcnseg
 from fcnseg import _extension
 
+ROOT = Path(__file__).parent.parent
 DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -44,7 +49,7 @@ def test_label_dtypes(p: torch.dtype, t: torch.dtype) -> None:
         assert (matrix == expected.numpy()).all() and bad[0] == 0
 
 
-@pytest.mark.parametrize("classes", [1, 2, 150, 254, 255, 256, 1500])
+@pytest.mark.parametrize("classes", [1, 2, 150, 254, 255, 256, 4096])
 def test_class_counts(classes: int) -> None:
     prediction, target = _maps(classes, 300_000)
     got = fcnseg.confusion_matrix(prediction.short(), target, classes)
@@ -82,6 +87,22 @@ def test_bad_label_is_named_and_nothing_counted(where: str, value: int) -> None:
         with pytest.raises(IndexError, match=message):
             fcnseg.confusion_matrix_(matrix, *permuted)
         assert torch.equal(matrix, torch.ones_like(matrix))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_every_instruction_set_is_exact_under_sanitizers(tmp_path: Path) -> None:
+    program = tmp_path / "driver"
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    source = str(ROOT / "tests" / "confusion_matrix_driver.cpp")
+    flags = ["-std=c++17", "-O1", "-Wall", "-Werror", *sanitizers, f"-I{ROOT / 'csrc' / 'cpu'}"]
+    subprocess.run(["g++", *flags, source, "-o", str(program)], check=True)
+    for capability in ("default", "avx2", "avx512"):
+        environment = {**os.environ, "FCNSEG_CPU_CAPABILITY": capability}
+        run = subprocess.run([program], env=environment, capture_output=True, text=True)
+        if "but this machine has only" in run.stderr:
+            continue
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert run.stdout == f"{capability}: 0 failures\n"
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 import torch
 from cityscapes_files import write_pairs, write_png
 from cityscapes_oracle import import_cityscapesscripts, official_scores, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracles import import_torchvision
 
 from fcnseg import _extension, evaluate
@@ -420,3 +424,74 @@ def test_class_file_errors(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"names\.txt: cannot be read"):
         evaluate.read_classes(path)
+
+
+# -- fuzz ------------------------------------------------------------------------------------------
+
+THINGS = (*range(24, 34), 1, 5)  # classes with instances, evaluated or not, and void
+
+
+def write_random_pair(root, name, rng, shape):
+    """Ids in small blocks, instances that need not agree with the labels, any prediction."""
+
+    def blocks(choices):
+        edge = int(rng.integers(1, 5))
+        cells = rng.choice(choices, [-(-side // edge) for side in shape])
+        return np.kron(cells, np.ones((edge, edge), np.int64))[: shape[0], : shape[1]]
+
+    label = blocks(34)
+    instance = np.where(blocks(2), label, 1000 * blocks(THINGS) + blocks(3))
+    predicted = np.where(rng.random(shape) < rng.random(), label, blocks(34))
+    write_png(label_path(root, name), label.astype(np.uint8))
+    write_png(label_path(root, name, "instanceIds"), instance.astype(np.uint16))
+    write_png(root / f"results/{name}.png", predicted.astype(np.uint8))
+
+
+def random_folder(root, rng, count):
+    shape = tuple(map(int, rng.integers(1, 24, 2)))
+    for index in range(count):
+        write_random_pair(root, f"city_000000_{index:06d}", rng, shape)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_any_labels_and_instances_equal_cityscapesscripts(seed, count):
+    official = import_cityscapesscripts()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        random_folder(root, np.random.default_rng(seed), count)
+        pairs, *_ = evaluate.find_cityscapes_pairs(root / "results", root)
+        assert same(run(root).result, official_scores(official, pairs))
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(0, 1))
+def test_run_killed_anywhere_resumes(seed, first_cut, second_cut):
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        random_folder(root, np.random.default_rng(seed), 3)
+        cache = root / "counts"
+        expected = run(root, cache=cache).result
+        for cut in (first_cut, second_cut):
+            content = cache.read_bytes()
+            cache.write_bytes(content[: int(cut * len(content))])
+            assert same(run(root, cache=cache).result, expected)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1), st.lists(st.sampled_from(sorted(BAD)), min_size=2, max_size=2))
+def test_any_mixture_of_bad_pairs_is_named_and_counted(seed, cases):
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for index, case in enumerate([None, cases[0], None, cases[1]]):
+            # A case spoils the pair NAME, so a pair gets its own name afterwards.
+            write_random_pair(root, NAME, rng, SIZE)
+            if case is not None:
+                BAD[case][0](root)
+            for path in list(root.rglob(f"{NAME}*.png")):
+                path.rename(path.with_name(path.name.replace(NAME, f"aachen_000001_{index:06d}")))
+        found = run(root)
+        assert found.pairs == 2 and not found.unmatched
+        named = [f"aachen_000001_{index:06d}" for index in (1, 3)]
+        assert [name for f in found.failures for name in named if name in f.reason] == named

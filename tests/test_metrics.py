@@ -122,13 +122,13 @@ def test_state_dict_round_trip(tmp_path: Path) -> None:
 
 
 def test_cuda_policy_counts_invalid_pixels_until_compute() -> None:
-    # The CUDA implementation, which is plain PyTorch, on CPU tensors.
+    # The implementation for CUDA builds without the extension, plain PyTorch, on CPU tensors.
     metric = ConfusionMatrix(4, ignore_index=255)
     prediction, target = batch()
     prediction[0, 0, :2] = 9
     target[0, 0, :2] = torch.tensor([1, 255])  # the second one is ignored, so not invalid
     target[1, 3, 3] = 8
-    _ops._confusion_matrix_cuda(metric.matrix, prediction, target, 255, metric.invalid)
+    _ops._confusion_matrix_reference_cuda(metric.matrix, prediction, target, 255, metric.invalid)
     keep = (prediction < 4) & ((target < 4) | (target == 255))
     expected = bincount_matrix(prediction[keep], target[keep], 4, 255)
     assert torch.equal(metric.matrix, expected)

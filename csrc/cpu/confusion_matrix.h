@@ -114,15 +114,26 @@ FCNSEG_INLINE bool all_equal(const uint16_t* bin) {
   return difference == 0;
 }
 
+// Adds kBlock pixels to kTables tables of `bins` each.
+FCNSEG_INLINE void count_bins(const uint16_t* bin, int bins, uint32_t* tables) {
+  uint32_t* const second = tables + bins;
+  uint32_t* const third = second + bins;
+  uint32_t* const fourth = third + bins;
+  for (int i = 0; i < kBlock; i += kTables) {
+    uint64_t four;  // one load instead of four; which end comes first does not matter
+    std::memcpy(&four, bin + i, sizeof four);
+    ++tables[four & 0xffff];
+    ++second[four >> 16 & 0xffff];
+    ++third[four >> 32 & 0xffff];
+    ++fourth[four >> 48];
+  }
+}
+
 // Adds whole blocks to kTables tables of (classes + 1)^2. Returns whether a target is bad.
 template <typename Prediction, typename Target>
 FCNSEG_INLINE bool count_blocks(const Prediction* prediction, const Target* target, int64_t blocks,
                                 int classes, Target ignored, uint32_t* tables) {
   const int width = classes + 1;
-  const int bins = width * width;
-  uint32_t* const second = tables + bins;
-  uint32_t* const third = second + bins;
-  uint32_t* const fourth = third + bins;
   alignas(64) uint16_t truth[kBlock];
   alignas(64) uint16_t bin[kBlock];
   bool bad = false;
@@ -134,20 +145,12 @@ FCNSEG_INLINE bool count_blocks(const Prediction* prediction, const Target* targ
       tables[bin[0]] += kBlock;
       continue;
     }
-    for (int i = 0; i < kBlock; i += kTables) {
-      uint64_t four;  // one load instead of four; which end comes first does not matter
-      std::memcpy(&four, bin + i, sizeof four);
-      ++tables[four & 0xffff];
-      ++second[four >> 16 & 0xffff];
-      ++third[four >> 32 & 0xffff];
-      ++fourth[four >> 48];
-    }
+    count_bins(bin, width * width, tables);
   }
   return bad;
 }
 
 #if defined(__GNUC__) && defined(__x86_64__)
-// AVX-512 was measured: no faster, since counting pixel by pixel takes the time.
 template <typename Prediction, typename Target>
 __attribute__((target("avx2"))) bool count_blocks_avx2(const Prediction* prediction,
                                                        const Target* target, int64_t blocks,
@@ -157,16 +160,76 @@ __attribute__((target("avx2"))) bool count_blocks_avx2(const Prediction* predict
 }
 #endif
 
-template <typename Prediction, typename Target>
-bool count_blocks_here(const Prediction* prediction, const Target* target, int64_t blocks,
-                       int classes, Target ignored, uint32_t* tables) {
-#if defined(__GNUC__) && defined(__x86_64__)
-  if (cpu_capability() >= Capability::kAvx2) {
-    return count_blocks_avx2(prediction, target, blocks, classes, ignored, tables);
-  }
-#endif
-  return count_blocks(prediction, target, blocks, classes, ignored, tables);
+// Whether one of kBlock labels is past the last class and not `ignored`.
+template <typename Label>
+FCNSEG_INLINE bool has_bad_label(const Label* labels, int classes, Label ignored) {
+  uint16_t clamped[kBlock];
+  return clamp_labels(labels, classes, ignored, clamped);
 }
+
+}  // namespace fcnseg
+
+#if defined(__GNUC__) && defined(__x86_64__)
+#include "confusion_matrix_agreement.h"
+#endif
+
+namespace fcnseg {
+
+// Tables of a range of pixels and their sum. Labels past the last class have a row and a column.
+class BlockTables {
+ public:
+  explicit BlockTables(int64_t classes)
+      : classes_(classes), bins_((classes + 1) * (classes + 1)), memory_(kTables * bins_) {
+#if defined(__GNUC__) && defined(__x86_64__)
+    if (has_vbmi2()) memory_.resize(2 * kTables * bins_ + 256);
+#endif
+  }
+
+  // Counts blocks, no more than kMaxPixels; returns whether a target is bad.
+  template <typename Prediction, typename Target>
+  bool count(const Prediction* prediction, const Target* target, int64_t blocks, Target ignored) {
+    std::fill(memory_.begin(), memory_.end(), 0);
+    const int classes = static_cast<int>(classes_);
+    uint32_t* const pairs = memory_.data();
+#if defined(__GNUC__) && defined(__x86_64__)
+    if (has_vbmi2()) {
+      uint32_t* const wrong = pairs + kTables * bins_;
+      return count_agreement(prediction, target, blocks, classes, ignored,
+                             {pairs, wrong, wrong + kTables * bins_});
+    }
+    if (cpu_capability() >= Capability::kAvx2) {
+      return count_blocks_avx2(prediction, target, blocks, classes, ignored, pairs);
+    }
+#endif
+    return count_blocks(prediction, target, blocks, classes, ignored, pairs);
+  }
+
+  // Adds the row of `truth` [classes] to `row`; returns whether a prediction is bad.
+  bool add_row(int64_t truth, int64_t* row) const {
+    const int64_t width = classes_ + 1;
+    const bool agreement = memory_.size() > kTables * static_cast<size_t>(bins_);
+    const uint32_t* const table = memory_.data() + truth * width;
+    int64_t wrong = 0;
+    int64_t bad = 0;
+    for (int64_t predicted = 0; predicted < width; ++predicted) {
+      int64_t sum = 0;
+      for (int k = 0; k < kTables; ++k) sum += table[k * bins_ + predicted];
+      if (agreement) {
+        int64_t differ = 0;
+        for (int k = kTables; k < 2 * kTables; ++k) differ += table[k * bins_ + predicted];
+        wrong += differ;
+        sum += differ;
+      }
+      (predicted < classes_ ? row[predicted] : bad) += sum;
+    }
+    if (agreement) row[truth] += memory_[2 * kTables * bins_ + truth] - wrong;
+    return bad != 0;
+  }
+
+ private:
+  const int64_t classes_, bins_;
+  std::vector<uint32_t> memory_;
+};
 
 // Adds pixels [begin, end) to `table` [num_classes, num_classes]; bad pixels only go to `bad`.
 template <typename Prediction, typename Target>
@@ -181,24 +244,13 @@ void count_range(const Prediction* prediction, const Target* target, int64_t beg
   const bool holds = ignore_index >= std::numeric_limits<Target>::min() &&
                      ignore_index <= std::numeric_limits<Target>::max();
   const Target ignored = holds ? static_cast<Target>(ignore_index) : Target{0};
-  const int64_t bins = width * width;
-  std::vector<uint32_t> tables(kTables * bins);
+  BlockTables tables(num_classes);
   while (end - begin >= kBlock) {
     const int64_t blocks = std::min(end - begin, kMaxPixels) / kBlock;
-    std::fill(tables.begin(), tables.end(), 0);
-    bool found_bad = count_blocks_here(prediction + begin, target + begin, blocks,
-                                       static_cast<int>(num_classes), ignored, tables.data());
-    const auto counted = [&](int64_t bin) {
-      int64_t sum = 0;
-      for (int k = 0; k < kTables; ++k) sum += tables[k * bins + bin];
-      return sum;
-    };
+    bool found_bad = tables.count(prediction + begin, target + begin, blocks, ignored);
     for (int64_t truth = 0; truth < num_classes; ++truth) {
       if (truth == ignore_index) continue;
-      for (int64_t predicted = 0; predicted < num_classes; ++predicted) {
-        table[truth * num_classes + predicted] += counted(truth * width + predicted);
-      }
-      found_bad |= counted(truth * width + num_classes) != 0;
+      found_bad |= tables.add_row(truth, table + truth * num_classes);
     }
     const int64_t stop = begin + blocks * kBlock;
     if (found_bad) {
