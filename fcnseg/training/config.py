@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fcnseg.training.schedule import SCHEDULES
+
 DATASETS = ("cityscapes", "ade20k", "camvid")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 HEADS = ("plain", "fcn")
 UPSAMPLES = ("deconv", "bilinear")
 DECONV_GROUPS = ("grouped", "full")
 OUTPUT_STRIDES = (8, 16, 32)
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+LOSSES = ("ce", "ohem", "focal")
+CLASS_WEIGHTS = ("none", "balanced")
 
 # What may differ between a run and its continuation: none of it changes a loss.
 _FREE_ON_RESUME = frozenset(
@@ -29,6 +33,8 @@ _FREE_ON_RESUME = frozenset(
         "patience",
         "log_interval",
         "checkpoint_interval",
+        "cuda_graphs",
+        "compile",
     }
 )
 
@@ -50,22 +56,46 @@ class TrainConfig:
         dataset: one of ``DATASETS``.
         backbone, head, upsample, deconv_groups, output_stride: see :mod:`fcnseg.models`.
         aux_loss: train an auxiliary head too; its loss counts ``aux_weight`` times.
+        freeze_bn: batch normalisation keeps its statistics, scales and shifts (of ``pretrained``).
+        sync_bn: its statistics are those of the whole batch over all processes (CUDA only).
         pretrained: file with a state dict to start from (loaded by name), or None.
         crop: height and width of the training crops, in pixels.
         scale: range of the random resize that precedes the crop.
         color_jitter: largest random change of brightness, contrast and saturation; 0 for none.
+        loss: ``"ce"`` (cross entropy), ``"ohem"`` (its hard pixels only) or ``"focal"``.
+        class_weights: ``"none"``, or ``"balanced"`` by the classes' frequencies in the training set.
+        label_smoothing: share of the uniform distribution in the target.
+
         epochs: length of the whole schedule, in passes over the training set.
         warmup_epochs: linear warm-up at its start; None takes 10 of every 150 epochs.
-        batch_size: images per step. ``lr``, ``momentum``, ``weight_decay``: of SGD.
+        lr_schedule: ``"cosine"``, ``"poly"`` (power 0.9) or ``"step"``: a tenth every
+            ``lr_step_epochs``.
+        batch_size: images per step, of all processes together.
+        accumulate: a step computes its batch in this many parts, one after the other; the loss and
+            the gradient stay those of the whole batch.
+        lr, momentum, nesterov, weight_decay: of SGD.
+        head_lr: the heads' learning rate (deconvolution included) is this many times ``lr``.
+        decay_all: decay also batch normalisation and biases.
+        clip_norm: largest norm of the gradient; 0 for no limit.
+        ema: decay per step of averaged weights, which are then validated and kept as the best;
+            0 for none.
         val_batch_size: images per validation step; 1 unless all images have one size.
-        val_interval: epochs between validations (the last epoch is always followed by one).
+        val_interval: epochs between validations (the last epoch is always followed by one); 0
+            never validates.
         patience: stop after this many validations in a row without a better mIoU; 0 never does.
         max_steps: stop after this many steps though the schedule spans ``epochs``; None never does.
         workers: processes that load data; 0 loads in the training process.
-        precision: ``"fp32"``, or the autocast dtype ``"bf16"`` or ``"fp16"`` (CUDA only).
+        precision: ``"fp32"``, ``"tf32"`` (fp32 whose products are rounded; CUDA only), or the
+            autocast dtype ``"bf16"`` or ``"fp16"`` (CUDA only).
         channels_last: memory format of the model and the images.
-        device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        cuda_graphs: capture the training step in a CUDA graph; where that is impossible the run
+            says why and goes on without.
+        compile: compile the trunk by ``torch.compile``.
+        device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; each
+            process of several takes the GPU of its local rank.
         seed: of the initial weights, the data order, the augmentation and dropout.
+        deterministic: only algorithms with the same result in every run.
+        train_scores: also score the training batches, in training mode, from the logits at hand.
         log_interval: steps between two writes of the metrics (every step's loss is recorded).
         checkpoint_interval: steps between two checkpoints within an epoch; 0 writes one per epoch.
         resume: continue the run in ``output``.
@@ -88,18 +118,32 @@ class TrainConfig:
     output_stride: int = 8
     aux_loss: bool = False
     aux_weight: float = 0.4
+    freeze_bn: bool = False
+    sync_bn: bool = False
     pretrained: str | None = None
 
     crop: tuple[int, int] = (768, 768)
     scale: tuple[float, float] = (0.5, 2.0)
     color_jitter: float = 0.25
 
+    loss: str = "ce"
+    class_weights: str = "none"
+    label_smoothing: float = 0.0
+
     epochs: int = 150
     warmup_epochs: float | None = None
+    lr_schedule: str = "cosine"
+    lr_step_epochs: int = 30
     batch_size: int = 16
+    accumulate: int = 1
     lr: float = 0.01
+    head_lr: float = 10.0
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 5e-4
+    decay_all: bool = False
+    clip_norm: float = 0.0
+    ema: float = 0.0
 
     val_batch_size: int = 1
     val_interval: int = 1
@@ -109,8 +153,12 @@ class TrainConfig:
     workers: int = 4
     precision: str = "fp32"
     channels_last: bool = True
+    cuda_graphs: bool = False
+    compile: bool = False
     device: str = "auto"
     seed: int = 0
+    deterministic: bool = False
+    train_scores: bool = False
     log_interval: int = 10
     checkpoint_interval: int = 200
     resume: bool = False
@@ -129,22 +177,37 @@ class TrainConfig:
         self._choice("deconv_groups", DECONV_GROUPS)
         self._choice("output_stride", OUTPUT_STRIDES)
         self._choice("precision", PRECISIONS)
-        for name in ("aux_loss", "channels_last", "resume"):
+        self._choice("loss", LOSSES)
+        self._choice("class_weights", CLASS_WEIGHTS)
+        self._choice("lr_schedule", SCHEDULES)
+        for name in (f.name for f in dataclasses.fields(self) if f.type in (bool, "bool")):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "val_batch_size", "val_interval", "log_interval"):
+        for name in ("epochs", "batch_size", "accumulate", "val_batch_size", "log_interval"):
             self._integer(name, 1)
-        for name in ("patience", "workers", "seed", "checkpoint_interval"):
+        self._integer("lr_step_epochs", 1)
+        for name in ("val_interval", "patience", "workers", "seed", "checkpoint_interval"):
             self._integer(name, 0)
         if self.max_steps is not None:
             self._integer("max_steps", 1)
         self._number("lr", 0, open_low=True)
+        self._number("head_lr", 0, open_low=True)
         self._number("momentum", 0, 1, open_high=True)
+        self._number("ema", 0, 1, open_high=True)
+        self._number("clip_norm", 0)
+        self._number("label_smoothing", 0, 1)
         self._number("weight_decay", 0)
         self._number("aux_weight", 0)
         self._number("color_jitter", 0, 1, open_high=True)
         if self.warmup_epochs is not None:
             self._number("warmup_epochs", 0, self.epochs, open_high=True)
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("nesterov: expected a momentum > 0 with it, got momentum 0")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"accumulate: expected a divisor of batch_size {self.batch_size}, "
+                f"got {self.accumulate}"
+            )
         self._pair("crop", int)
         self._pair("scale", float)
         if self.scale[0] > self.scale[1]:
