@@ -76,8 +76,14 @@ class Net(nn.Module):
             nn.Conv2d(8, 3, 1),
         )  # fmt: skip
 
-    def loss(self, x: Tensor, target: Tensor, *, ignore_index: int, aux_weight: float) -> Tensor:
-        return F.cross_entropy(self.layers(x), target.long(), ignore_index=ignore_index)
+    def loss(
+        self, x: Tensor, target: Tensor, *, ignore_index: int, aux_weight: float,
+        weight: Tensor | None, label_smoothing: float,
+    ) -> Tensor:  # fmt: skip
+        return F.cross_entropy(
+            self.layers(x), target.long(), weight, ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
 
     def predict(self, x: Tensor) -> Tensor:
         return self.layers(x).argmax(1)
@@ -175,10 +181,13 @@ def test_every_step_has_its_learning_rate(unbroken: Path) -> None:
         ("scale", 1.0), ("color_jitter", 1.0), ("epochs", 0), ("epochs", 2.5),
         ("warmup_epochs", 3), ("warmup_epochs", -1), ("batch_size", True), ("lr", 0.0),
         ("lr", math.nan), ("lr", "0.1"), ("momentum", 1.0), ("weight_decay", -1e-4),
-        ("val_batch_size", 0), ("val_interval", 0), ("patience", -1), ("max_steps", 0),
+        ("val_batch_size", 0), ("val_interval", -1), ("patience", -1), ("max_steps", 0),
         ("workers", -1), ("precision", "fp8"), ("channels_last", None), ("device", "tpu"),
         ("seed", -1), ("log_interval", 0), ("checkpoint_interval", -5), ("resume", "yes"),
-        ("data_root", ""), ("output", None), ("pretrained", 3),
+        ("data_root", ""), ("output", None), ("pretrained", 3), ("loss", "dice"),
+        ("class_weights", True), ("label_smoothing", 1.5), ("lr_schedule", "plateau"),
+        ("lr_step_epochs", 0), ("accumulate", 0), ("accumulate", 3), ("head_lr", 0.0),
+        ("nesterov", 1), ("clip_norm", -1.0), ("ema", 1.0), ("cuda_graphs", "auto"),
     ],
 )  # fmt: skip
 def test_config_names_the_bad_field(tmp_path: Path, name: str, value: object) -> None:

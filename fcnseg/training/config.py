@@ -33,8 +33,6 @@ _FREE_ON_RESUME = frozenset(
         "patience",
         "log_interval",
         "checkpoint_interval",
-        "cuda_graphs",
-        "compile",
     }
 )
 
@@ -63,7 +61,7 @@ class TrainConfig:
         scale: range of the random resize that precedes the crop.
         color_jitter: largest random change of brightness, contrast and saturation; 0 for none.
         loss: ``"ce"`` (cross entropy), ``"ohem"`` (its hard pixels only) or ``"focal"``.
-        class_weights: ``"none"``, or ``"balanced"`` by the classes' frequencies in the training set.
+        class_weights: ``"none"``, or ``"balanced"`` by the frequencies in the training set.
         label_smoothing: share of the uniform distribution in the target.
 
         epochs: length of the whole schedule, in passes over the training set.
@@ -228,6 +226,26 @@ class TrainConfig:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the fields to ``path`` as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The fields that :meth:`save` wrote, to be changed and passed to the class.
+
+        Raises:
+            ConfigError: the file is missing, is not such a file, or has a field that is not known.
+        """
+        try:
+            fields = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"config: cannot read {os.fspath(path)}: {error}") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"config: {os.fspath(path)} holds no settings")
+        unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(TrainConfig)})
+        if unknown:
+            raise ConfigError(
+                f"config: {os.fspath(path)} has settings that are not known: {', '.join(unknown)}"
+            )
+        return fields
 
     def check_resumes(self, saved: dict[str, Any]) -> None:
         """Raises ConfigError where this run is not a continuation of the one that wrote ``saved``.

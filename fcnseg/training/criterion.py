@@ -6,8 +6,7 @@ the means of the parts of a batch (see ``accumulate``) and of all processes are 
 the mean over the whole batch; a criterion without it has its parts count alike.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,28 +100,18 @@ class Objective(nn.Module):
     def forward(self, x: Tensor, target: Tensor) -> Tensor:
         if self._matrix is None:
             return self.criterion(self.model, x, target)
-        with _computed_once(self.model):
-            loss = self.criterion(self.model, x, target)
-            self.model.update_confusion_matrix(  # type: ignore[operator]
-                self._matrix, x, target, ignore_index=self.ignore_index
-            )
+        model: Any = self.model
+        compute, logits = model.low_resolution, {}
+
+        def keep(x: Tensor, **options: Any) -> dict[str, Tensor]:
+            logits.update(compute(x, **options))
+            return dict(logits)
+
+        try:
+            model.low_resolution = keep
+            loss = self.criterion(model, x, target)
+            model.low_resolution = lambda x, **_: {"out": logits["out"].detach()}
+            model.update_confusion_matrix(self._matrix, x, target, ignore_index=self.ignore_index)
+        finally:
+            del model.low_resolution  # the method of the class is there again
         return loss
-
-
-@contextlib.contextmanager
-def _computed_once(model: Any) -> Iterator[None]:
-    """Within it, ``low_resolution`` runs the network for its first call and then remembers."""
-    logits: dict[str, Tensor] = {}
-    compute = model.low_resolution
-
-    def remember(x: Tensor, *, aux: bool = True) -> dict[str, Tensor]:
-        if logits:
-            return {name: z.detach() for name, z in logits.items() if aux or name != "aux"}
-        logits.update(compute(x, aux=aux))
-        return dict(logits)
-
-    model.low_resolution = remember
-    try:
-        yield
-    finally:
-        del model.low_resolution

@@ -33,6 +33,12 @@ class World:
     size: int = 1
     local_rank: int = 0
 
+    @classmethod
+    def from_environment(cls) -> "World":
+        """What ``torchrun`` set; one process where it did not."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        return cls(*(int(os.environ[name]) for name in names)) if launched() else cls()
+
     @property
     def main(self) -> bool:
         """Whether this process writes the logs, checkpoints and pictures."""
@@ -73,26 +79,25 @@ def launched() -> bool:
 
 
 @contextlib.contextmanager
-def join(*, cuda: bool) -> Iterator[World]:
+def join(device: torch.device) -> Iterator[World]:
     """Joins the other processes, where there are any; leaves them at the end.
 
     After an error the group is left as it is: leaving it in order would wait for the others, which
     may wait for this one. The process is to end, and torchrun then ends the others.
 
     Args:
-        cuda: whether each process computes on the GPU of its local rank.
+        device: what this process computes on.
 
     Raises:
         PeerError: inside, where a process that this one waited for is gone.
     """
-    if not launched():
-        yield World()
+    world = World.from_environment()
+    if world.size == 1:
+        yield world
         return
-    world = World(
-        *(int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    )
+    cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(device)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
         yield world
