@@ -316,9 +316,8 @@ class Trainer:
             with torch.cuda.stream(torch.cuda.Stream() if on_cuda else None):
                 objective = DistributedDataParallel(
                     objective,
+                    # Rank 0's running statistics go to all: those of the checkpoint.
                     device_ids=[self.device.index] if on_cuda else None,
-                    # Else rank 0's statistics go to all: those of a checkpoint.
-                    broadcast_buffers=not (config.sync_bn or config.freeze_bn),
                     gradient_as_bucket_view=True,
                 )
         self.optimizer = optimizer.make_optimizer(self.model, config)
