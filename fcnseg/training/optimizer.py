@@ -73,8 +73,8 @@ def averaging(model: nn.Module, decay: float) -> tuple[nn.Module, Callable[[], N
     """A copy of the model, and the function that moves it to the model's exponential average.
 
     Equals ``AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)``
-    that was updated once before the first step, but keeps no count that lives on the host, so that
-    a CUDA graph can hold the update.
+    that was updated once before the first step (but the counters of batch normalisation are the
+    model's), and keeps no count that lives on the host, so that a CUDA graph can hold the update.
     """
     average = copy.deepcopy(model).requires_grad_(False).eval()
     floats: tuple[list[Tensor], list[Tensor]] = ([], [])
