@@ -91,7 +91,7 @@ def cpu_step(
     reset_peak()
     before = peak_memory()
     start = time.perf_counter()
-    _, features = model.backbone(x)
+    *_, features = model.backbone(x)
     cut = features.detach().requires_grad_()
     begin = time.perf_counter()
     loss = LOSSES[name](model.classifier(cut), target)

@@ -60,6 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     files = parser.add_argument_group("files")
     files.add_argument("--dataset", choices=config.DATASETS, default=d.dataset, help="its kind")
     files.add_argument("--data-root", type=Path, help="where it lies (none: draw a small one)")
+    files.add_argument("--split-file", type=Path, help="of python -m fcnseg.data split")
     files.add_argument("--output", type=Path, help="directory to write (none: runs/DATE-TIME)")
     files.add_argument(
         "--config", type=Path, help="config.json of a run, whose settings are the defaults"
@@ -96,6 +97,9 @@ def make_parser() -> argparse.ArgumentParser:
         choices=config.OUTPUT_STRIDES,
         default=d.output_stride,
         help="of the trunk, by dilation",
+    )
+    model.add_argument(
+        "--skips", choices=config.SKIPS, help="of FCN-32s, 16s or 8s, with --output-stride 32"
     )
     model.add_argument(
         "--aux",
@@ -142,10 +146,25 @@ def make_parser() -> argparse.ArgumentParser:
     schedule = parser.add_argument_group("optimisation")
     schedule.add_argument("--loss", choices=config.LOSSES, default=d.loss, help="per pixel")
     schedule.add_argument(
+        "--ohem-threshold",
+        type=float,
+        default=d.ohem_threshold,
+        help="pixels of less probability are hard",
+    )
+    schedule.add_argument(
+        "--ohem-min-kept",
+        type=lambda text: float(text) if "." in text else int(text),
+        default=d.ohem_min_kept,
+        help="hard pixels at least: a number, or a share of the batch",
+    )
+    schedule.add_argument(
+        "--focal-gamma", type=float, default=d.focal_gamma, help="exponent of --loss focal"
+    )
+    schedule.add_argument(
         "--class-weights",
         choices=config.CLASS_WEIGHTS,
         default=d.class_weights,
-        help="balanced: by the classes' frequencies",
+        help="by the classes' frequencies in the training set",
     )
     schedule.add_argument(
         "--label-smoothing", type=float, default=d.label_smoothing, help="in [0, 1]"

@@ -25,9 +25,10 @@ pytest.importorskip("tensorboard")
 import fcnseg
 from fcnseg.data.synthetic import write_cityscapes
 from fcnseg.graphs import TrainStep
+from fcnseg.losses import SegmentationLoss
 from fcnseg.models import fcn_resnet18
 from fcnseg.training import ConfigError, TrainConfig, Trainer, World, checkpoint, optimizer
-from fcnseg.training.criterion import CrossEntropy, Objective
+from fcnseg.training.criterion import Objective
 from fcnseg.training.loop import EpochBatches
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_cityscapes.py"
@@ -73,7 +74,7 @@ def steps(rank: int, size: int, parts: int) -> tuple[list[float], dict[str, Tens
     optimizer.train_mode(model, freeze_bn=True)
     average, update = optimizer.averaging(model, config.ema)
     weight = torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64)
-    criterion = CrossEntropy(255, label_smoothing=0.1, weight=weight)
+    criterion = SegmentationLoss(weight, ignore_index=255, label_smoothing=0.1)
     objective: nn.Module = Objective(model, criterion)
     if size > 1:
         objective = nn.parallel.DistributedDataParallel(objective)

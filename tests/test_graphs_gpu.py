@@ -149,8 +149,9 @@ def test_a_loss_that_waits_runs_eagerly_with_a_reason() -> None:
 
 
 def test_the_step_holds_scores_and_averages(tmp_path: Any) -> None:
+    from fcnseg.losses import SegmentationLoss
     from fcnseg.training import optimizer
-    from fcnseg.training.criterion import CrossEntropy, Objective
+    from fcnseg.training.criterion import Objective
 
     results = []
     for graphed in (False, True):
@@ -158,7 +159,7 @@ def test_the_step_holds_scores_and_averages(tmp_path: Any) -> None:
         average, update = optimizer.averaging(model, 0.9)
         matrix = torch.zeros(CLASSES, CLASSES, dtype=torch.int64, device="cuda")
         step = make(model, after=update)
-        step.loss = Objective(model, CrossEntropy(255), matrix=matrix)
+        step.loss = Objective(model, SegmentationLoss(ignore_index=255), matrix=matrix)
         run: Callable[..., Tensor] = GraphedTrainStep(step) if graphed else step
         data = batches()
         for batch in data:

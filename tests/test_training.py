@@ -23,6 +23,7 @@ pytest.importorskip("albumentations")
 pytest.importorskip("tensorboard")
 
 import fcnseg
+from fcnseg.losses import SegmentationLoss
 from fcnseg.models import LoadReport
 from fcnseg.training import (
     CheckpointError,
@@ -36,7 +37,6 @@ from fcnseg.training import (
     optimizer,
     reporting,
 )
-from fcnseg.training.criterion import CrossEntropy
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_cityscapes.py"
 CLASSES = ("road", "tree", "sky")
@@ -190,7 +190,8 @@ def test_every_step_has_its_learning_rate(unbroken: Path) -> None:
         ("workers", -1), ("precision", "fp8"), ("channels_last", None), ("device", "tpu"),
         ("seed", -1), ("log_interval", 0), ("checkpoint_interval", -5), ("resume", "yes"),
         ("data_root", ""), ("output", None), ("pretrained", 3), ("loss", "dice"),
-        ("class_weights", True), ("label_smoothing", 1.5), ("lr_schedule", "plateau"),
+        ("class_weights", True), ("label_smoothing", 1.5), ("ohem_threshold", 0.0), ("ohem_min_kept", 1.5),
+        ("focal_gamma", -1.0), ("skips", "4s"), ("split_file", 3), ("lr_schedule", "plateau"),
         ("lr_step_epochs", 0), ("accumulate", 0), ("accumulate", 3), ("head_lr", 0.0),
         ("nesterov", 1), ("clip_norm", -1.0), ("ema", 1.0), ("cuda_graphs", "auto"),
     ],
@@ -640,16 +641,51 @@ def test_compile_needs_a_trunk(tmp_path: Path) -> None:
 
 def test_class_weights_normalise_like_cross_entropy() -> None:
     weight = torch.tensor([0.5, 2.0, 3.0])
-    criterion = CrossEntropy(255, weight=weight)
+    criterion = SegmentationLoss(weight, ignore_index=255)
     target = torch.tensor([[[0, 1, 2, 2, 255, 77]]], dtype=torch.uint8)  # 77: the loss reports it
+    assert criterion.count is not None and criterion.count(target).item() >= 0.5 + 2 + 3 + 3
+    target[..., -1] = 255
     assert criterion.count(target).item() == 0.5 + 2 + 3 + 3
-    assert CrossEntropy(255).count(target).item() == 5
+    unweighted = SegmentationLoss(ignore_index=255).count
+    assert unweighted is not None and unweighted(target).item() == 4
+
+
+@pytest.mark.parametrize("loss", ["ohem", "focal"])
+def test_other_losses_train(tmp_path: Path, loss: str) -> None:
+    torch.manual_seed(0)
+    model = fcnseg.models.fcn_resnet18(3, output_stride=32, head="plain", skips="16s")
+    config = settings(tmp_path, loss=loss, epochs=1, max_steps=1, accumulate=2, ohem_min_kept=40)
+    made = Trainer(config, model, Pictures(8), Pictures(2))  # type: ignore[arg-type]
+    assert (made.train_step.count is None) == (loss == "ohem")
+    x, target = made._images(made.train_set.images[:4]), made.train_set.targets[:4]
+    options = {"ohem_threshold": 0.7, "ohem_min_kept": 40} if loss == "ohem" else {"focal_gamma": 2}
+    criterion = SegmentationLoss(ignore_index=255, **options)  # type: ignore[arg-type]
+    model.train()
+    with torch.no_grad():
+        halves = [criterion(model, x[i : i + 2], target[i : i + 2]).item() for i in (0, 2)]
+    assert made.train_step(made.train_set.images[:4], target).item() == pytest.approx(
+        sum(halves) / 2, rel=1e-5
+    )
+
+
+def test_class_weights_of_the_training_set(tmp_path: Path) -> None:
+    train_set = Pictures(18)
+    with pytest.raises(ConfigError, match="class_weights: the data set has no load_label"):
+        trainer(settings(tmp_path, class_weights="enet"), train_set)
+    train_set.load_label = lambda index: train_set.targets[index].numpy()  # type: ignore[attr-defined]
+    made = trainer(settings(tmp_path, class_weights="enet"), train_set)
+    shares = (
+        np.bincount(train_set.targets.flatten().numpy(), minlength=3) / train_set.targets.numel()
+    )
+    expected = torch.tensor(1 / np.log(1.02 + shares), dtype=torch.float32)
+    criterion: Any = made.train_step.loss.criterion  # type: ignore[attr-defined]
+    torch.testing.assert_close(criterion.weight, expected)
 
 
 def test_criterion_of_ones_own(tmp_path: Path) -> None:
     made = Trainer(
         settings(tmp_path, epochs=1), Net(), Pictures(18), Pictures(5),  # type: ignore[arg-type]
-        criterion=lambda model, x, target: 2 * CrossEntropy(255)(model, x, target),
+        criterion=lambda model, x, target: 2 * SegmentationLoss(ignore_index=255)(model, x, target),
     )  # fmt: skip
     made.run()
     other = trainer(settings(tmp_path / "other", epochs=1))

@@ -7,8 +7,9 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from fcnseg.losses import ClassWeighting
 from fcnseg.training.schedule import SCHEDULES
 
 DATASETS = ("cityscapes", "ade20k", "camvid")
@@ -19,7 +20,8 @@ DECONV_GROUPS = ("grouped", "full")
 OUTPUT_STRIDES = (8, 16, 32)
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 LOSSES = ("ce", "ohem", "focal")
-CLASS_WEIGHTS = ("none", "balanced")
+CLASS_WEIGHTS = ("none", *get_args(ClassWeighting))
+SKIPS = ("32s", "16s", "8s")
 
 # What may differ between a run and its continuation: none of it changes a loss.
 _FREE_ON_RESUME = frozenset(
@@ -52,7 +54,9 @@ class TrainConfig:
         data_root: directory that holds the data set.
         output: directory that the run writes: checkpoints, metrics, pictures.
         dataset: one of ``DATASETS``.
-        backbone, head, upsample, deconv_groups, output_stride: see :mod:`fcnseg.models`.
+        split_file: file of ``python -m fcnseg.data split`` that tells which images are in the
+            training and the validation set, or None for the published ones.
+        backbone, head, upsample, deconv_groups, output_stride, skips: see :mod:`fcnseg.models`.
         aux_loss: train an auxiliary head too; its loss counts ``aux_weight`` times.
         freeze_bn: batch normalisation keeps its statistics, scales and shifts (of ``pretrained``).
         sync_bn: its statistics are those of the whole batch over all processes (CUDA only).
@@ -61,7 +65,9 @@ class TrainConfig:
         scale: range of the random resize that precedes the crop.
         color_jitter: largest random change of brightness, contrast and saturation; 0 for none.
         loss: ``"ce"`` (cross entropy), ``"ohem"`` (its hard pixels only) or ``"focal"``.
-        class_weights: ``"none"``, or ``"balanced"`` by the frequencies in the training set.
+        ohem_threshold, ohem_min_kept, focal_gamma: of these, see :mod:`fcnseg.losses`.
+        class_weights: ``"none"``, or a method of :func:`fcnseg.losses.class_weights`, by which the
+            classes are balanced by their frequencies in the training set.
         label_smoothing: share of the uniform distribution in the target.
 
         epochs: length of the whole schedule, in passes over the training set.
@@ -108,12 +114,14 @@ class TrainConfig:
     data_root: str
     output: str
     dataset: str = "cityscapes"
+    split_file: str | None = None
 
     backbone: str = "resnet101"
     head: str = "plain"
     upsample: str = "deconv"
     deconv_groups: str = "grouped"
     output_stride: int = 8
+    skips: str | None = None
     aux_loss: bool = False
     aux_weight: float = 0.4
     freeze_bn: bool = False
@@ -125,6 +133,9 @@ class TrainConfig:
     color_jitter: float = 0.25
 
     loss: str = "ce"
+    ohem_threshold: float = 0.7
+    ohem_min_kept: int | float = 1 / 16
+    focal_gamma: float = 2.0
     class_weights: str = "none"
     label_smoothing: float = 0.0
 
@@ -162,11 +173,13 @@ class TrainConfig:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("data_root", "output", "pretrained"):
+        for name in ("data_root", "output", "pretrained", "split_file"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
-            elif not (value and isinstance(value, str)) and (name, value) != ("pretrained", None):
+            elif not (value and isinstance(value, str)) and (
+                value is not None or name in ("data_root", "output")
+            ):
                 raise ConfigError(f"{name}: expected a path, got {value!r}")
         self._choice("dataset", DATASETS)
         self._choice("backbone", BACKBONES)
@@ -175,6 +188,9 @@ class TrainConfig:
         self._choice("deconv_groups", DECONV_GROUPS)
         self._choice("output_stride", OUTPUT_STRIDES)
         self._choice("precision", PRECISIONS)
+        self._choice("skips", (None, *SKIPS))
+        if self.skips is not None and self.output_stride != 32:
+            raise ConfigError(f"skips: expected output_stride 32 with it, got {self.output_stride}")
         self._choice("loss", LOSSES)
         self._choice("class_weights", CLASS_WEIGHTS)
         self._choice("lr_schedule", SCHEDULES)
@@ -194,6 +210,18 @@ class TrainConfig:
         self._number("ema", 0, 1, open_high=True)
         self._number("clip_norm", 0)
         self._number("label_smoothing", 0, 1)
+        self._number("ohem_threshold", 0, 1, open_low=True)
+        self._number("ohem_min_kept", 0)
+        if isinstance(self.ohem_min_kept, float) and self.ohem_min_kept > 1:
+            raise ConfigError(
+                "ohem_min_kept: expected an integer (pixels) or a share of the batch in [0, 1], "
+                f"got {self.ohem_min_kept!r}"
+            )
+        self._number("focal_gamma", 0)
+        if self.label_smoothing and self.loss != "ce":
+            raise ConfigError(
+                f"label_smoothing: expected 0 with loss {self.loss}, got {self.label_smoothing}"
+            )
         self._number("weight_decay", 0)
         self._number("aux_weight", 0)
         self._number("color_jitter", 0, 1, open_high=True)

@@ -7,67 +7,44 @@ the mean over the whole batch; a criterion without it has its parts count alike.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fcnseg.data import SegmentationDataset
+from fcnseg.data.report import count_pixels
+from fcnseg.losses import SegmentationLoss, class_weights
 from fcnseg.training.config import ConfigError, TrainConfig
+from fcnseg.training.distributed import World
+
+Criterion = Callable[[Any, Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class CrossEntropy:
-    """``model.loss`` with its options kept.
-
-    Args:
-        ignore_index, label_smoothing, aux_weight: as in :meth:`fcnseg.models.FCN.loss`.
-        weight: class weights [C], float32; None weighs classes alike.
-    """
-
-    ignore_index: int
-    label_smoothing: float = 0.0
-    aux_weight: float = 0.4
-    weight: Tensor | None = None
-
-    def __call__(self, model: Any, x: Tensor, target: Tensor) -> Tensor:
-        return model.loss(
-            x,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            aux_weight=self.aux_weight,
-        )
-
-    def count(self, target: Tensor) -> Tensor:
-        """The weight of the valid pixels: what the mean divides by. Scalar, on their device."""
-        valid = target != self.ignore_index
-        if self.weight is None:
-            return valid.sum()
-        classes = len(self.weight)
-        labels = target.long()
-        # A bad label must not be used as an index; the loss itself reports it.
-        valid &= (labels >= 0) & (labels < classes)
-        weight = self.weight.double()[labels.clamp(0, classes - 1)]
-        return torch.where(valid, weight, 0.0).sum()
-
-
-def make_criterion(
-    config: TrainConfig, train_set: SegmentationDataset, device: torch.device
-) -> Callable[[Any, Tensor, Tensor], Tensor]:
-    """The criterion of a run.
+def make_criterion(config: TrainConfig, train_set: SegmentationDataset, world: World) -> Criterion:
+    """The criterion of a run; class weights are counted in the training set's labels.
 
     Raises:
-        ConfigError: a loss that is not there.
+        ConfigError: class weights for a data set whose labels cannot be read by themselves.
+        DataError: a label file is missing or bad.
     """
-    if config.loss != "ce" or config.class_weights != "none":
-        raise ConfigError(f"loss: {config.loss} with class_weights {config.class_weights}")
-    return CrossEntropy(
-        train_set.ignore_index,
+    weight = None
+    if config.class_weights != "none":
+        if not hasattr(train_set, "load_label"):
+            raise ConfigError("class_weights: the data set has no load_label to count the classes")
+        if world.main:
+            counts = torch.from_numpy(count_pixels(train_set, max(1, config.workers)))
+            method: Any = config.class_weights
+            weight = class_weights(counts[:, : train_set.num_classes].contiguous(), method)
+        weight = world.gather(weight)[0]
+    return SegmentationLoss(
+        weight,
+        ignore_index=train_set.ignore_index,
         label_smoothing=config.label_smoothing,
         aux_weight=config.aux_weight,
+        focal_gamma=config.focal_gamma if config.loss == "focal" else 0.0,
+        ohem_threshold=config.ohem_threshold if config.loss == "ohem" else None,
+        ohem_min_kept=config.ohem_min_kept,
     )
 
 
@@ -86,7 +63,7 @@ class Objective(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        criterion: Callable[[Any, Tensor, Tensor], Tensor],
+        criterion: Criterion,
         *,
         matrix: Tensor | None = None,
         ignore_index: int = 255,

@@ -36,7 +36,7 @@ from fcnseg.graphs import GraphedTrainStep, Prefetcher, TrainStep
 from fcnseg.metrics import ConfusionMatrix, Scores, format_scores, scores
 from fcnseg.training import checkpoint, distributed, optimizer, reporting
 from fcnseg.training.config import ConfigError, TrainConfig
-from fcnseg.training.criterion import Objective, make_criterion
+from fcnseg.training.criterion import Criterion, Objective, make_criterion
 from fcnseg.training.distributed import World
 from fcnseg.training.schedule import lr_factor
 
@@ -242,7 +242,7 @@ class Trainer:
     val_set: SegmentationDataset
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     world: World = field(default_factory=World)
-    criterion: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    criterion: Criterion | None = None
 
     def __post_init__(self) -> None:
         config, world, self.output = self.config, self.world, Path(self.config.output)
@@ -303,7 +303,9 @@ class Trainer:
             if config.train_scores
             else None
         )
-        criterion = self.criterion or make_criterion(config, self.train_set, self.device)
+        criterion = self.criterion or make_criterion(config, self.train_set, world)
+        if isinstance(criterion, nn.Module):
+            criterion.to(self.device)
         objective: nn.Module = Objective(
             self.model,
             criterion,
@@ -783,6 +785,7 @@ def build_model(config: TrainConfig, num_classes: int) -> models.FCN:
         head=config.head,
         upsample=config.upsample,
         deconv_groups=config.deconv_groups,
+        skips=config.skips,
     )
 
 
@@ -861,8 +864,11 @@ def _train(config: TrainConfig, device: torch.device, world: World) -> TrainResu
             seed=config.seed,
             color_jitter=config.color_jitter,
         ),
+        split_file=config.split_file,
     )
-    val_set = data.open_dataset(config.dataset, config.data_root, "val", EvalTransform())
+    val_set = data.open_dataset(
+        config.dataset, config.data_root, "val", EvalTransform(), split_file=config.split_file
+    )
     model = build_model(config, train_set.num_classes)
     if config.pretrained is not None and not has_checkpoint:
         report = models.load_pretrained(model, config.pretrained)
