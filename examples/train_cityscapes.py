@@ -5,17 +5,32 @@ With no --data-root it draws a small data set of street scenes and trains on tha
     python examples/train_cityscapes.py
     python examples/train_cityscapes.py --data-root /data/cityscapes --pretrained resnet101.pth
     python examples/train_cityscapes.py --data-root /data/cityscapes --head fcn --upsample bilinear
-    python examples/train_cityscapes.py --output runs/mine --resume  # and the options of the run
+    python examples/train_cityscapes.py --output runs/mine --resume
+    python examples/train_cityscapes.py --config runs/mine/config.json --output runs/again
+    torchrun --nproc-per-node 8 examples/train_cityscapes.py --data-root /data/cityscapes --output X
+
+For several machines and for Slurm see LAUNCH.md.
 """
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 from fcnseg.data.synthetic import write_cityscapes
-from fcnseg.training import CheckpointError, DivergedError, TrainConfig, config, train
+from fcnseg.training import (
+    CheckpointError,
+    DivergedError,
+    PeerError,
+    TrainConfig,
+    WorkerError,
+    World,
+    config,
+    train,
+)
+from fcnseg.training.schedule import SCHEDULES
 
 # The run without --data-root: small enough for two CPU cores, long enough to see it learn.
 DEMO_IMAGES = {"train": 96, "val": 16, "size": (64, 128)}
@@ -30,6 +45,9 @@ DEMO = {
 }
 
 
+YES_NO = argparse.BooleanOptionalAction
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
@@ -42,8 +60,16 @@ def make_parser() -> argparse.ArgumentParser:
     files = parser.add_argument_group("files")
     files.add_argument("--dataset", choices=config.DATASETS, default=d.dataset, help="its kind")
     files.add_argument("--data-root", type=Path, help="where it lies (none: draw a small one)")
+    files.add_argument("--split-file", type=Path, help="of python -m fcnseg.data split")
     files.add_argument("--output", type=Path, help="directory to write (none: runs/DATE-TIME)")
-    files.add_argument("--resume", action="store_true", help="continue the run in --output")
+    files.add_argument(
+        "--config", type=Path, help="config.json of a run, whose settings are the defaults"
+    )
+    files.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --output, by default with its settings",
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument("--backbone", choices=config.BACKBONES, default=d.backbone, help="trunk")
@@ -73,13 +99,27 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the trunk, by dilation",
     )
     model.add_argument(
-        "--aux", dest="aux_loss", action="store_true", help="train an auxiliary head"
+        "--skips", choices=config.SKIPS, help="of FCN-32s, 16s or 8s, with --output-stride 32"
+    )
+    model.add_argument(
+        "--aux",
+        dest="aux_loss",
+        action=YES_NO,
+        default=d.aux_loss,
+        help="train an auxiliary head",
     )
     model.add_argument(
         "--aux-weight", type=float, default=d.aux_weight, help="of the auxiliary loss"
     )
     model.add_argument(
         "--pretrained", type=Path, help="state dict to start from, of an FCN or an ImageNet ResNet"
+    )
+
+    model.add_argument(
+        "--freeze-bn", action=YES_NO, default=d.freeze_bn, help="batch norm stays as pretrained"
+    )
+    model.add_argument(
+        "--sync-bn", action=YES_NO, default=d.sync_bn, help="batch norm over all processes (CUDA)"
     )
 
     images = parser.add_argument_group("images")
@@ -104,14 +144,69 @@ def make_parser() -> argparse.ArgumentParser:
     )
 
     schedule = parser.add_argument_group("optimisation")
+    schedule.add_argument("--loss", choices=config.LOSSES, default=d.loss, help="per pixel")
+    schedule.add_argument(
+        "--ohem-threshold",
+        type=float,
+        default=d.ohem_threshold,
+        help="pixels of less probability are hard",
+    )
+    schedule.add_argument(
+        "--ohem-min-kept",
+        type=lambda text: float(text) if "." in text else int(text),
+        default=d.ohem_min_kept,
+        help="hard pixels at least: a number, or a share of the batch",
+    )
+    schedule.add_argument(
+        "--focal-gamma", type=float, default=d.focal_gamma, help="exponent of --loss focal"
+    )
+    schedule.add_argument(
+        "--class-weights",
+        choices=config.CLASS_WEIGHTS,
+        default=d.class_weights,
+        help="by the classes' frequencies in the training set",
+    )
+    schedule.add_argument(
+        "--label-smoothing", type=float, default=d.label_smoothing, help="in [0, 1]"
+    )
     schedule.add_argument("--epochs", type=int, default=d.epochs, help="length of the schedule")
     schedule.add_argument(
         "--warmup-epochs", type=float, help="of linear warm-up (none: 10 of every 150 epochs)"
     )
-    schedule.add_argument("--batch-size", type=int, default=d.batch_size, help="images per step")
+    schedule.add_argument(
+        "--lr-schedule", choices=SCHEDULES, default=d.lr_schedule, help="after the warm-up"
+    )
+    schedule.add_argument(
+        "--lr-step-epochs",
+        type=int,
+        default=d.lr_step_epochs,
+        help="epochs between the drops to a tenth of --lr-schedule step",
+    )
+    schedule.add_argument(
+        "--batch-size", type=int, default=d.batch_size, help="images per step, of all processes"
+    )
+    schedule.add_argument(
+        "--accumulate",
+        type=int,
+        default=d.accumulate,
+        help="parts a batch is computed in, one after the other",
+    )
     schedule.add_argument("--lr", type=float, default=d.lr, help="peak learning rate")
+    schedule.add_argument(
+        "--head-lr", type=float, default=d.head_lr, help="of the head, times --lr"
+    )
     schedule.add_argument("--momentum", type=float, default=d.momentum, help="of SGD")
+    schedule.add_argument("--nesterov", action=YES_NO, default=d.nesterov, help="of SGD")
     schedule.add_argument("--weight-decay", type=float, default=d.weight_decay, help="of SGD")
+    schedule.add_argument(
+        "--decay-all", action=YES_NO, default=d.decay_all, help="also batch norm and biases"
+    )
+    schedule.add_argument(
+        "--clip-norm", type=float, default=d.clip_norm, help="of the gradient; 0 for no limit"
+    )
+    schedule.add_argument(
+        "--ema", type=float, default=d.ema, help="decay of averaged weights; 0 for none"
+    )
     schedule.add_argument("--max-steps", type=int, help="stop early, after this many steps")
     schedule.add_argument(
         "--patience",
@@ -120,7 +215,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="validations without a better mIoU before stopping; 0 never stops",
     )
     schedule.add_argument(
-        "--val-interval", type=int, default=d.val_interval, help="epochs between validations"
+        "--val-interval",
+        type=int,
+        default=d.val_interval,
+        help="epochs between validations; 0 never validates",
+    )
+    schedule.add_argument(
+        "--train-scores", action=YES_NO, default=d.train_scores, help="score training batches too"
     )
     schedule.add_argument(
         "--val-batch-size", type=int, default=d.val_batch_size, help="1 if image sizes differ"
@@ -129,7 +230,25 @@ def make_parser() -> argparse.ArgumentParser:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default=d.device, help="auto, cpu, cuda or cuda:N")
     machine.add_argument(
-        "--precision", choices=config.PRECISIONS, default=d.precision, help="fp16 needs CUDA"
+        "--precision",
+        choices=config.PRECISIONS,
+        default=d.precision,
+        help="tf32 and fp16 need CUDA",
+    )
+    machine.add_argument(
+        "--channels-last", action=YES_NO, default=d.channels_last, help="memory format"
+    )
+    machine.add_argument(
+        "--cuda-graphs", action=YES_NO, default=d.cuda_graphs, help="replay the captured step"
+    )
+    machine.add_argument(
+        "--compile", action=YES_NO, default=d.compile, help="torch.compile the trunk"
+    )
+    machine.add_argument(
+        "--deterministic",
+        action=YES_NO,
+        default=d.deterministic,
+        help="only algorithms with the same result in every run",
     )
     machine.add_argument("--workers", type=int, default=d.workers, help="processes that load data")
     machine.add_argument("--seed", type=int, default=d.seed, help="of weights, order, augmentation")
@@ -145,40 +264,71 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
+def read_settings() -> argparse.Namespace:
+    """The command line, over the settings of --config or of the run to resume, over defaults."""
     parser = make_parser()
     args = parser.parse_args()
-    demo = args.data_root is None
-    if demo:
+    if args.output is None and args.resume:
+        parser.error("--resume needs --output, the directory of the run to continue")
+    if args.output is None and World.from_environment().size > 1:
+        parser.error("several processes need --output")
+    source = args.config
+    if args.resume and source is None and (args.output / "config.json").exists():
+        source = args.output / "config.json"
+    if source is not None:
+        saved = TrainConfig.read(source)
+        for name in ("output", "resume"):
+            saved.pop(name, None)
+        parser.set_defaults(**saved)  # what the command line sets still wins
+    elif args.data_root is None:
         if args.dataset != "cityscapes":
             parser.error(f"--dataset {args.dataset} needs --data-root")
-        parser.set_defaults(**DEMO)  # what the command line sets still wins
-        args = parser.parse_args()
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args()
     if args.output is None:
-        if args.resume:
-            parser.error("--resume needs --output, the directory of the run to continue")
         args.output = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    if demo:
-        args.data_root = args.output / "data"
-    if demo and not args.resume:
-        print(
-            f"No --data-root: training on drawn street scenes in {args.data_root}. For the real "
-            "thing pass --data-root DIR, which holds leftImg8bit/ and gtFine/."
-        )
+    return args
+
+
+def draw_data(args: argparse.Namespace) -> None:
+    args.data_root = args.output / "data"
+    if World.from_environment().size > 1:
+        raise ValueError("data_root: several processes need a data set that is there")
+    print(
+        f"No --data-root: training on drawn street scenes in {args.data_root}. For the real "
+        "thing pass --data-root DIR, which holds leftImg8bit/ and gtFine/."
+    )
+    write_cityscapes(args.data_root, **DEMO_IMAGES)  # kept if it is there already
+
+
+def main() -> int:
+    world = World.from_environment()
     try:
-        settings = TrainConfig(**vars(args))
-        if demo and not args.resume:
-            write_cityscapes(args.data_root, **DEMO_IMAGES)  # kept if it is there already
-        result = train(settings)
-    except (ValueError, OSError, CheckpointError, DivergedError) as error:
+        args = read_settings()
+        if args.data_root is None:
+            draw_data(args)
+        del args.config
+        result = train(TrainConfig(**vars(args)))
+    except (
+        ValueError, IndexError, OSError, CheckpointError, DivergedError, WorkerError, PeerError
+    ) as error:  # fmt: skip
         text = str(error).strip() or type(error).__name__
         # An error from a data worker carries the worker's traceback; its last line says it all.
-        print(f"error: {text.splitlines()[-1] if 'Traceback' in text else text}", file=sys.stderr)
+        text = text.splitlines()[-1] if "Traceback" in text else text
+        rank = f"rank {world.rank}: " if world.size > 1 else ""
+        print(f"error: {rank}{text}", file=sys.stderr, flush=True)
+        if world.size > 1:
+            sys.stdout.flush()
+            os._exit(1)  # leaving in order would wait for processes that wait for this one
         return 1
     if result.interrupted:
-        print(f"interrupted at step {result.steps}; continue with --output {args.output} --resume")
-        return 130
-    print(f"weights, metrics and pictures: {result.output}{os.sep}")
+        if world.main:
+            print(
+                f"interrupted at step {result.steps}; continue with --output {args.output} --resume"
+            )
+        return 128 + (result.signal or signal.SIGTERM)
+    if world.main:
+        print(f"weights, metrics and pictures: {result.output}{os.sep}")
     return 0
 
 

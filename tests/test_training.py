@@ -1,10 +1,12 @@
 """The training loop, its schedule and configuration, and the example's command line."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +17,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 pytest.importorskip("albumentations")
 pytest.importorskip("tensorboard")
 
 import fcnseg
+from fcnseg.losses import SegmentationLoss
 from fcnseg.models import LoadReport
 from fcnseg.training import (
     CheckpointError,
@@ -30,6 +34,7 @@ from fcnseg.training import (
     checkpoint,
     loop,
     lr_factor,
+    optimizer,
     reporting,
 )
 
@@ -76,8 +81,14 @@ class Net(nn.Module):
             nn.Conv2d(8, 3, 1),
         )  # fmt: skip
 
-    def loss(self, x: Tensor, target: Tensor, *, ignore_index: int, aux_weight: float) -> Tensor:
-        return F.cross_entropy(self.layers(x), target.long(), ignore_index=ignore_index)
+    def loss(
+        self, x: Tensor, target: Tensor, *, ignore_index: int, aux_weight: float,
+        weight: Tensor | None, label_smoothing: float,
+    ) -> Tensor:  # fmt: skip
+        return F.cross_entropy(
+            self.layers(x), target.long(), weight, ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
 
     def predict(self, x: Tensor) -> Tensor:
         return self.layers(x).argmax(1)
@@ -175,10 +186,14 @@ def test_every_step_has_its_learning_rate(unbroken: Path) -> None:
         ("scale", 1.0), ("color_jitter", 1.0), ("epochs", 0), ("epochs", 2.5),
         ("warmup_epochs", 3), ("warmup_epochs", -1), ("batch_size", True), ("lr", 0.0),
         ("lr", math.nan), ("lr", "0.1"), ("momentum", 1.0), ("weight_decay", -1e-4),
-        ("val_batch_size", 0), ("val_interval", 0), ("patience", -1), ("max_steps", 0),
+        ("val_batch_size", 0), ("val_interval", -1), ("patience", -1), ("max_steps", 0),
         ("workers", -1), ("precision", "fp8"), ("channels_last", None), ("device", "tpu"),
         ("seed", -1), ("log_interval", 0), ("checkpoint_interval", -5), ("resume", "yes"),
-        ("data_root", ""), ("output", None), ("pretrained", 3),
+        ("data_root", ""), ("output", None), ("pretrained", 3), ("loss", "dice"),
+        ("class_weights", True), ("label_smoothing", 1.5), ("ohem_threshold", 0.0), ("ohem_min_kept", 1.5),
+        ("focal_gamma", -1.0), ("skips", "4s"), ("split_file", 3), ("lr_schedule", "plateau"),
+        ("lr_step_epochs", 0), ("accumulate", 0), ("accumulate", 3), ("head_lr", 0.0),
+        ("nesterov", 1), ("clip_norm", -1.0), ("ema", 1.0), ("cuda_graphs", "auto"),
     ],
 )  # fmt: skip
 def test_config_names_the_bad_field(tmp_path: Path, name: str, value: object) -> None:
@@ -198,7 +213,21 @@ def test_every_field_is_checked(tmp_path: Path) -> None:
 def test_config_is_saved_as_json(tmp_path: Path) -> None:
     config = settings(tmp_path, crop=[64, 128])
     config.save(tmp_path / "config.json")
-    assert TrainConfig(**json.loads((tmp_path / "config.json").read_text())) == config
+    assert TrainConfig(**TrainConfig.read(tmp_path / "config.json")) == config
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "cannot read"), ("{", "cannot read"), ("[1]", "holds no settings"),
+        ('{"lr": 1, "learning_rate": 2}', "not known: learning_rate"),
+    ],
+)  # fmt: skip
+def test_config_that_cannot_be_read(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=rf"config: .*{message}"):
+        TrainConfig.read(tmp_path / "config.json")
 
 
 def test_resume_refuses_another_run(tmp_path: Path, unbroken: Path) -> None:
@@ -281,7 +310,7 @@ def test_validation_equals_a_direct_computation(tmp_path: Path) -> None:
 
 def test_stopped_and_resumed_at_any_step_equals_unbroken(tmp_path: Path, unbroken: Path) -> None:
     expected = losses(unbroken)
-    for stop in range(1, 12):
+    for stop in (1, 4, 6, 11):  # after the first step, an epoch, amid one, before the end
         output = tmp_path / str(stop)
         trainer(settings(output, max_steps=stop)).run()
         assert losses(output) == expected[:stop]
@@ -327,9 +356,9 @@ def test_batch_without_a_valid_pixel_is_counted_and_skipped(tmp_path: Path) -> N
     before: list[dict[str, Tensor]] = []
     step = made._train_step
 
-    def watched(images: Tensor, target: Tensor) -> None:
+    def watched(images: Tensor, target: Tensor, *, valid: bool) -> None:
         state = {k: v.clone() for k, v in made.model.state_dict().items()}
-        step(images, target)
+        step(images, target, valid=valid)
         if (target == 255).all():
             after = made.model.state_dict()
             assert all(torch.equal(state[key], after[key]) for key in state)
@@ -344,31 +373,6 @@ def test_batch_without_a_valid_pixel_is_counted_and_skipped(tmp_path: Path) -> N
     assert math.isfinite(records(tmp_path, "epoch")[0]["loss"])
     assert checkpoint.load(tmp_path / "last.pt")["progress"]["skipped"] == 1
     assert len(first) == 4
-
-
-RANK = """
-import sys, torch
-from fcnseg.training.loop import has_valid_pixel
-rank, path = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
-labels = [[(0, 255), (0, 1)], [(255, 255), (0, 255)], [(255, 255), (255, 255)]]
-print([has_valid_pixel(torch.tensor(pair[rank]), 255) for pair in labels])
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_ranks_agree_on_what_to_skip(tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for rank in ranks:
-        out, err = rank.communicate(timeout=60)
-        assert out.strip() == "[True, False, False]", err
 
 
 def test_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,18 +397,20 @@ def test_validation_interval(tmp_path: Path) -> None:
     assert ["miou" in r for r in records(tmp_path, "epoch")] == [False, True, False, True, True]
 
 
-def test_interrupt_ends_the_step_and_saves(tmp_path: Path, unbroken: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_step_and_saves(tmp_path: Path, unbroken: Path, number: int) -> None:
     made = trainer(settings(tmp_path))
     step = made._train_step
 
-    def interrupted(images: Tensor, target: Tensor) -> None:
+    def interrupted(images: Tensor, target: Tensor, *, valid: bool) -> None:
         if made.progress.step == 5:
-            os.kill(os.getpid(), 2)
-        step(images, target)
+            os.kill(os.getpid(), number)
+        step(images, target, valid=valid)
 
     made._train_step = interrupted  # type: ignore[method-assign]
     result = made.run()
-    assert result.interrupted and result.steps == 6
+    assert result.interrupted and result.steps == 6 and result.signal == number
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     assert not trainer(settings(tmp_path, resume=True)).run().interrupted
     assert losses(tmp_path) == losses(unbroken)
 
@@ -412,8 +418,279 @@ def test_interrupt_ends_the_step_and_saves(tmp_path: Path, unbroken: Path) -> No
 def test_diverged_loss_ends_the_run(tmp_path: Path) -> None:
     made = trainer(settings(tmp_path))
     made.model.layers[0].weight.data.fill_(math.nan)
-    with pytest.raises(DivergedError, match="nan at step 1"):
+    with pytest.raises(DivergedError, match="nan at step 1") as caught:
         made.run()
+    batch = ", ".join(map(str, loop.EpochBatches(18, 4, 0).batch(0, 0)))
+    for part in (f"images {batch};", "all labels are valid", "no checkpoint was written yet"):
+        assert part in str(caught.value)
+
+
+def test_diverged_run_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    made = trainer(settings(tmp_path, checkpoint_interval=2, log_interval=100))
+    step = made._train_step
+
+    def spoilt(images: Tensor, target: Tensor, *, valid: bool) -> None:
+        step(images, target, valid=valid)
+        if made.progress.step == 5:  # after the checkpoint of step 4, with a finite loss
+            made.model.layers[0].weight.data.fill_(math.nan)
+
+    made._train_step = spoilt  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match=r"nan at step 6.*last checkpoint is of step 4"):
+        made.run()
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert state["progress"]["step"] == 4
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    made = trainer(settings(tmp_path, epochs=1))
+    made.run()
+    made.model.layers[0].weight.data[0] = math.inf
+    with pytest.raises(DivergedError, match="a weight is not finite after step 4"):
+        made.save_last()
+    assert all(v.isfinite().all() for v in checkpoint.load(tmp_path / "last.pt")["model"].values())
+
+
+def test_bad_label_is_named_with_its_batch(tmp_path: Path) -> None:
+    train_set = Pictures(18)
+    batch = loop.EpochBatches(18, 4, 0).batch(0, 2)
+    train_set.targets[batch[1], 3, 5] = 77
+    with pytest.raises(IndexError, match=rf"step 3: .*batch: images .*{batch[1]}"):
+        trainer(settings(tmp_path), train_set).run()
+
+
+def fp16(output: Path, **changes: Any) -> Trainer:
+    return trainer(settings(output, precision="fp16", epochs=1, log_interval=1, **changes))
+
+
+def test_scaler_that_searches_its_scale_is_no_divergence(tmp_path: Path) -> None:
+    made = fp16(tmp_path)
+    made.scaler.load_state_dict(made.scaler.state_dict() | {"scale": 2.0**40})
+    made.run()
+    assert math.isfinite(records(tmp_path, "step")[-1]["loss"])
+    assert 1 <= records(tmp_path, "epoch")[0]["loss_scale"] < 2.0**40
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert state["scaler"]["scale"] == made.scaler.get_scale()
+
+
+def test_scale_that_collapses_ends_the_run(tmp_path: Path) -> None:
+    made = fp16(tmp_path)
+    made.scaler.load_state_dict(made.scaler.state_dict() | {"scale": 2.0})
+    made.model.layers[0].weight.data.fill_(math.nan)
+    with pytest.raises(DivergedError, match=r"step 2 and its scale fell to 0\.5"):
+        made.run()
+
+
+# -- the practice of the field -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["poly", "step"])
+def test_other_schedules(kind: str) -> None:
+    options: dict[str, Any] = {"kind": kind, "total_steps": 100, "drop_every": 30}
+    factors = [lr_factor(s, warmup_steps=10, **options) for s in range(101)]
+    assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    if kind == "poly":
+        assert factors[55] == pytest.approx(0.5**0.9) and factors[100] == 0
+    else:
+        assert [factors[s] for s in (29, 30, 59, 60, 90)] == pytest.approx(
+            [1, 0.1, 0.1, 0.01, 1e-3]
+        )
+
+
+def test_schedule_refuses_bad_kinds() -> None:
+    with pytest.raises(ValueError, match="kind: expected one of cosine, poly, step, got 'exp'"):
+        lr_factor(0, total_steps=2, warmup_steps=0, kind="exp")
+    with pytest.raises(ValueError, match="drop_every: expected"):
+        lr_factor(0, total_steps=2, warmup_steps=0, kind="step")
+
+
+def test_parameter_groups(tmp_path: Path) -> None:
+    model = fcnseg.models.fcn_resnet18(3, output_stride=32, upsample="deconv", head="plain")
+    config = settings(tmp_path, lr=0.1, weight_decay=0.01)
+    groups = {
+        (group["lr"], group["weight_decay"]): {id(p) for p in group["params"]}
+        for group in optimizer.parameter_groups(model, config)
+    }
+    seen = {}
+    for name, parameter in model.named_parameters():
+        rate = 0.1 if name.startswith("backbone.") else 0.1 * 10
+        decay = 0.01 if name.endswith("weight") and parameter.dim() > 1 else 0.0
+        assert id(parameter) in groups[rate, decay], name
+        seen[name] = (rate, decay)
+    assert sum(map(len, groups.values())) == len(seen)
+    assert seen["backbone.bn1.weight"] == (0.1, 0.0) and seen["classifier.bias"] == (1.0, 0.0)
+    assert seen["deconv.weight"] == (1.0, 0.01)
+    plain = settings(tmp_path, lr=0.1, weight_decay=0.01, head_lr=1.0, decay_all=True)
+    assert len(optimizer.parameter_groups(model, plain)) == 1
+
+
+def test_averaged_weights_equal_pytorch(tmp_path: Path) -> None:
+    made = trainer(settings(tmp_path, ema=0.9, epochs=1))
+    expected = AveragedModel(made.model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    expected.update_parameters(made.model)
+    step = made._train_step
+
+    def watched(images: Tensor, target: Tensor, *, valid: bool) -> None:
+        step(images, target, valid=valid)
+        expected.update_parameters(made.model)
+
+    made._train_step = watched  # type: ignore[method-assign]
+    made.run()
+    best = checkpoint.load(tmp_path / "best.pt")["model"]
+    for name, value in expected.module.named_parameters():
+        torch.testing.assert_close(best[name], value.data)
+    for name in ("layers.1.running_mean", "layers.1.running_var"):
+        torch.testing.assert_close(best[name], expected.module.get_buffer(name))
+    assert best["layers.1.num_batches_tracked"] == 4
+    last = checkpoint.load(tmp_path / "last.pt")
+    assert torch.equal(last["average"]["layers.0.weight"], best["layers.0.weight"])
+    assert not torch.equal(last["model"]["layers.0.weight"], best["layers.0.weight"])
+
+
+def test_frozen_batch_norm_stays(tmp_path: Path) -> None:
+    made = trainer(settings(tmp_path, freeze_bn=True, epochs=1))
+    before = {k: v.clone() for k, v in made.model.state_dict().items()}
+    made.run()
+    after = checkpoint.load(tmp_path / "last.pt")["model"]
+    changed = {key.rsplit(".", 1)[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"layers.0", "layers.4"}
+
+
+def test_everything_at_once_resumes_bit_for_bit(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "ema": 0.9, "clip_norm": 0.1, "nesterov": True, "lr_schedule": "poly", "accumulate": 2,
+        "label_smoothing": 0.1, "cuda_graphs": True, "precision": "bf16", "deterministic": True,
+        "epochs": 2,
+    }  # fmt: skip
+    trainer(settings(tmp_path / "whole", **options)).run()
+    trainer(settings(tmp_path / "halves", max_steps=3, **options)).run()
+    trainer(settings(tmp_path / "halves", resume=True, **options)).run()
+    assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
+    whole, halves = (checkpoint.load(tmp_path / x / "last.pt") for x in ("whole", "halves"))
+    for part in ("model", "average"):
+        assert all(torch.equal(whole[part][key], halves[part][key]) for key in whole[part])
+    assert not torch.are_deterministic_algorithms_enabled()  # the run leaves no trace
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
+    # Dropout draws other numbers for parts, and batch normalisation has other statistics.
+    results = []
+    for parts in (1, 2):
+        made = trainer(
+            settings(tmp_path / str(parts), accumulate=parts, freeze_bn=True, epochs=1),
+            Pictures(18, void=(1, 5, 7, 11, 13)),
+        )
+        made.model.layers[3].p = 0.0
+        made.run()
+        results.append([loss for _, loss, _ in losses(tmp_path / str(parts))])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_run_without_validation(tmp_path: Path) -> None:
+    result = trainer(settings(tmp_path, val_interval=0, max_steps=6)).run()
+    assert result.scores is None and result.best_epoch == 0 and result.steps == 6
+    assert not (tmp_path / "best.pt").exists() and (tmp_path / "predictions.png").exists()
+    assert not any("miou" in record for record in records(tmp_path, "epoch"))
+
+
+def test_scores_of_training_batches(tmp_path: Path) -> None:
+    model = fcnseg.models.fcn_resnet18(3, output_stride=32, head="plain", aux_loss=True)
+    config = settings(tmp_path, train_scores=True, epochs=1, max_steps=1)
+    made = Trainer(config, model, Pictures(8), Pictures(2))  # type: ignore[arg-type]
+    runs = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    model.backbone.register_forward_hook(counted)
+    with pytest.raises(ConfigError, match="train_scores: the model has no low-resolution"):
+        trainer(settings(tmp_path / "b", train_scores=True))
+    made.model.train()
+    assert made.matrix is not None
+    x, target = made.train_set.images[:4], made.train_set.targets[:4]
+    loss = made.train_step(x, target)
+    assert runs == 1 and made.matrix.sum().item() == target.numel()
+    assert "low_resolution" not in vars(model)
+    assert loss.isfinite()
+    made.matrix.zero_()
+    made.train_step.number.zero_()
+    made.run()
+    assert 0 < records(tmp_path, "epoch")[0]["train_miou"] < 1
+
+
+@pytest.mark.slow
+def test_compiled_trunk(tmp_path: Path) -> None:
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = fcnseg.models.fcn_resnet18(3, output_stride=32, head="plain")
+        config = settings(tmp_path / str(compiled), compile=compiled, epochs=1, max_steps=2)
+        Trainer(config, model, Pictures(8), Pictures(2)).run()  # type: ignore[arg-type]
+        results.append([loss for _, loss, _ in losses(tmp_path / str(compiled))])
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
+    assert (
+        checkpoint.load(tmp_path / "True" / "last.pt")["model"].keys() == model.state_dict().keys()
+    )
+
+
+def test_compile_needs_a_trunk(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="compile: the model has no backbone"):
+        trainer(settings(tmp_path, compile=True))
+
+
+def test_class_weights_normalise_like_cross_entropy() -> None:
+    weight = torch.tensor([0.5, 2.0, 3.0])
+    criterion = SegmentationLoss(weight, ignore_index=255)
+    target = torch.tensor([[[0, 1, 2, 2, 255, 77]]], dtype=torch.uint8)  # 77: the loss reports it
+    assert criterion.count is not None and criterion.count(target).item() >= 0.5 + 2 + 3 + 3
+    target[..., -1] = 255
+    assert criterion.count(target).item() == 0.5 + 2 + 3 + 3
+    unweighted = SegmentationLoss(ignore_index=255).count
+    assert unweighted is not None and unweighted(target).item() == 4
+
+
+@pytest.mark.parametrize("loss", ["ohem", "focal"])
+def test_other_losses_train(tmp_path: Path, loss: str) -> None:
+    torch.manual_seed(0)
+    model = fcnseg.models.fcn_resnet18(3, output_stride=32, head="plain", skips="16s")
+    config = settings(tmp_path, loss=loss, epochs=1, max_steps=1, accumulate=2, ohem_min_kept=40)
+    made = Trainer(config, model, Pictures(8), Pictures(2))  # type: ignore[arg-type]
+    assert (made.train_step.count is None) == (loss == "ohem")
+    x, target = made._images(made.train_set.images[:4]), made.train_set.targets[:4]
+    options = {"ohem_threshold": 0.7, "ohem_min_kept": 40} if loss == "ohem" else {"focal_gamma": 2}
+    criterion = SegmentationLoss(ignore_index=255, **options)  # type: ignore[arg-type]
+    model.train()
+    with torch.no_grad():
+        halves = [criterion(model, x[i : i + 2], target[i : i + 2]).item() for i in (0, 2)]
+    assert made.train_step(made.train_set.images[:4], target).item() == pytest.approx(
+        sum(halves) / 2, rel=1e-5
+    )
+
+
+def test_class_weights_of_the_training_set(tmp_path: Path) -> None:
+    train_set = Pictures(18)
+    with pytest.raises(ConfigError, match="class_weights: the data set has no load_label"):
+        trainer(settings(tmp_path, class_weights="enet"), train_set)
+    train_set.load_label = lambda index: train_set.targets[index].numpy()  # type: ignore[attr-defined]
+    made = trainer(settings(tmp_path, class_weights="enet"), train_set)
+    shares = (
+        np.bincount(train_set.targets.flatten().numpy(), minlength=3) / train_set.targets.numel()
+    )
+    expected = torch.tensor(1 / np.log(1.02 + shares), dtype=torch.float32)
+    criterion: Any = made.train_step.loss.criterion  # type: ignore[attr-defined]
+    torch.testing.assert_close(criterion.weight, expected)
+
+
+def test_criterion_of_ones_own(tmp_path: Path) -> None:
+    made = Trainer(
+        settings(tmp_path, epochs=1), Net(), Pictures(18), Pictures(5),  # type: ignore[arg-type]
+        criterion=lambda model, x, target: 2 * SegmentationLoss(ignore_index=255)(model, x, target),
+    )  # fmt: skip
+    made.run()
+    other = trainer(settings(tmp_path / "other", epochs=1))
+    other.run()
+    assert losses(tmp_path)[0][1] == pytest.approx(2 * losses(tmp_path / "other")[0][1], rel=1e-6)
 
 
 def test_bf16_autocast(tmp_path: Path, unbroken: Path) -> None:
@@ -445,6 +722,15 @@ def example(*arguments: object) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(EXAMPLE), *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
+
+
+def test_example_has_a_flag_for_every_setting() -> None:
+    specification = importlib.util.spec_from_file_location("example", EXAMPLE)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    flags = {action.dest for action in module.make_parser()._actions} - {"help", "config"}
+    assert flags == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
 def test_example_help_shows_groups_and_defaults() -> None:
@@ -488,3 +774,6 @@ def test_example_trains_and_fine_tunes_its_own_weights(tmp_path: Path) -> None:
     assert tuned.returncode == 0, tuned.stderr
     assert "missing: 2 (aux_classifier.weight, aux_classifier.bias)" in tuned.stdout
     assert "unexpected: 0" in tuned.stdout
+    again = example("--config", tmp_path / "b" / "config.json", "--output", tmp_path / "c")
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "c") == losses(tmp_path / "b")

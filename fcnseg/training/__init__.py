@@ -2,16 +2,20 @@
 
 from fcnseg.training.checkpoint import CheckpointError
 from fcnseg.training.config import ConfigError, TrainConfig
-from fcnseg.training.loop import DivergedError, Trainer, TrainResult, train
+from fcnseg.training.distributed import PeerError, World
+from fcnseg.training.loop import DivergedError, Trainer, TrainResult, WorkerError, train
 from fcnseg.training.schedule import lr_factor
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "DivergedError",
+    "PeerError",
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "WorkerError",
+    "World",
     "lr_factor",
     "train",
 ]

@@ -3,7 +3,7 @@
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -11,6 +11,21 @@ import torch
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is missing or cannot be read; the message names the file."""
+
+
+class _Writer:
+    """A file that remembers why it could not be written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.flush = file, file.flush
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -23,16 +38,31 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
         path: file to write; its directory must exist.
         state: nested dicts, lists and tuples of tensors, numbers, strings and None, as
             ``torch.load(weights_only=True)`` accepts.
+
+    Raises:
+        OSError: the file cannot be written (the disk is full, say); names it. What was there
+            before is still there.
     """
     path = Path(path)
     # The process id keeps two writers apart; the leading dot keeps readers' globs away.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            writer = _Writer(file)
+            try:
+                torch.save(state, cast(IO[bytes], writer))
+            except Exception:
+                if writer.error is not None:  # which torch.save reports as one of its own
+                    raise writer.error from None
+                raise
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        kept = "; the one written before is whole" if path.exists() else ""
+        reason = f"cannot write the checkpoint: {error.strerror or error}{kept}"
+        raise OSError(error.errno, reason, str(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -68,7 +98,10 @@ def remove_temporaries(directory: str | os.PathLike[str]) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and PyTorch's global generators, as plain values."""
+    """The states of Python's, NumPy's and PyTorch's global generators, as plain values.
+
+    Of CUDA generators, that of the current device.
+    """
     version, internal, gauss = random.getstate()
     legacy: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, cached = legacy
@@ -76,19 +109,16 @@ def rng_state() -> dict[str, Any]:
         "python": [version, list(internal), gauss],
         "numpy": [keys.tolist(), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts the global generators back to what :func:`rng_state` returned.
-
-    CUDA generators are restored where as many devices are there as when the state was taken.
-    """
+    """Puts the global generators back to what :func:`rng_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

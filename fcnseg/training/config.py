@@ -7,7 +7,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from fcnseg.losses import ClassWeighting
+from fcnseg.training.schedule import SCHEDULES
 
 DATASETS = ("cityscapes", "ade20k", "camvid")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -15,7 +18,10 @@ HEADS = ("plain", "fcn")
 UPSAMPLES = ("deconv", "bilinear")
 DECONV_GROUPS = ("grouped", "full")
 OUTPUT_STRIDES = (8, 16, 32)
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+LOSSES = ("ce", "ohem", "focal")
+CLASS_WEIGHTS = ("none", *get_args(ClassWeighting))
+SKIPS = ("32s", "16s", "8s")
 
 # What may differ between a run and its continuation: none of it changes a loss.
 _FREE_ON_RESUME = frozenset(
@@ -48,24 +54,52 @@ class TrainConfig:
         data_root: directory that holds the data set.
         output: directory that the run writes: checkpoints, metrics, pictures.
         dataset: one of ``DATASETS``.
-        backbone, head, upsample, deconv_groups, output_stride: see :mod:`fcnseg.models`.
+        split_file: file of ``python -m fcnseg.data split`` that tells which images are in the
+            training and the validation set, or None for the published ones.
+        backbone, head, upsample, deconv_groups, output_stride, skips: see :mod:`fcnseg.models`.
         aux_loss: train an auxiliary head too; its loss counts ``aux_weight`` times.
+        freeze_bn: batch normalisation keeps its statistics, scales and shifts (of ``pretrained``).
+        sync_bn: its statistics are those of the whole batch over all processes (CUDA only).
         pretrained: file with a state dict to start from (loaded by name), or None.
         crop: height and width of the training crops, in pixels.
         scale: range of the random resize that precedes the crop.
         color_jitter: largest random change of brightness, contrast and saturation; 0 for none.
+        loss: ``"ce"`` (cross entropy), ``"ohem"`` (its hard pixels only) or ``"focal"``.
+        ohem_threshold, ohem_min_kept, focal_gamma: of these, see :mod:`fcnseg.losses`.
+        class_weights: ``"none"``, or a method of :func:`fcnseg.losses.class_weights`, by which the
+            classes are balanced by their frequencies in the training set.
+        label_smoothing: share of the uniform distribution in the target.
+
         epochs: length of the whole schedule, in passes over the training set.
         warmup_epochs: linear warm-up at its start; None takes 10 of every 150 epochs.
-        batch_size: images per step. ``lr``, ``momentum``, ``weight_decay``: of SGD.
+        lr_schedule: ``"cosine"``, ``"poly"`` (power 0.9) or ``"step"``: a tenth every
+            ``lr_step_epochs``.
+        batch_size: images per step, of all processes together.
+        accumulate: a step computes its batch in this many parts, one after the other; the loss and
+            the gradient stay those of the whole batch.
+        lr, momentum, nesterov, weight_decay: of SGD.
+        head_lr: the heads' learning rate (deconvolution included) is this many times ``lr``.
+        decay_all: decay also batch normalisation and biases.
+        clip_norm: largest norm of the gradient; 0 for no limit.
+        ema: decay per step of averaged weights, which are then validated and kept as the best;
+            0 for none.
         val_batch_size: images per validation step; 1 unless all images have one size.
-        val_interval: epochs between validations (the last epoch is always followed by one).
+        val_interval: epochs between validations (the last epoch is always followed by one); 0
+            never validates.
         patience: stop after this many validations in a row without a better mIoU; 0 never does.
         max_steps: stop after this many steps though the schedule spans ``epochs``; None never does.
         workers: processes that load data; 0 loads in the training process.
-        precision: ``"fp32"``, or the autocast dtype ``"bf16"`` or ``"fp16"`` (CUDA only).
+        precision: ``"fp32"``, ``"tf32"`` (fp32 whose products are rounded; CUDA only), or the
+            autocast dtype ``"bf16"`` or ``"fp16"`` (CUDA only).
         channels_last: memory format of the model and the images.
-        device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        cuda_graphs: capture the training step in a CUDA graph; where that is impossible the run
+            says why and goes on without.
+        compile: compile the trunk by ``torch.compile``.
+        device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; each
+            process of several takes the GPU of its local rank.
         seed: of the initial weights, the data order, the augmentation and dropout.
+        deterministic: only algorithms with the same result in every run.
+        train_scores: also score the training batches, in training mode, from the logits at hand.
         log_interval: steps between two writes of the metrics (every step's loss is recorded).
         checkpoint_interval: steps between two checkpoints within an epoch; 0 writes one per epoch.
         resume: continue the run in ``output``.
@@ -80,26 +114,45 @@ class TrainConfig:
     data_root: str
     output: str
     dataset: str = "cityscapes"
+    split_file: str | None = None
 
     backbone: str = "resnet101"
     head: str = "plain"
     upsample: str = "deconv"
     deconv_groups: str = "grouped"
     output_stride: int = 8
+    skips: str | None = None
     aux_loss: bool = False
     aux_weight: float = 0.4
+    freeze_bn: bool = False
+    sync_bn: bool = False
     pretrained: str | None = None
 
     crop: tuple[int, int] = (768, 768)
     scale: tuple[float, float] = (0.5, 2.0)
     color_jitter: float = 0.25
 
+    loss: str = "ce"
+    ohem_threshold: float = 0.7
+    ohem_min_kept: int | float = 1 / 16
+    focal_gamma: float = 2.0
+    class_weights: str = "none"
+    label_smoothing: float = 0.0
+
     epochs: int = 150
     warmup_epochs: float | None = None
+    lr_schedule: str = "cosine"
+    lr_step_epochs: int = 30
     batch_size: int = 16
+    accumulate: int = 1
     lr: float = 0.01
+    head_lr: float = 10.0
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 5e-4
+    decay_all: bool = False
+    clip_norm: float = 0.0
+    ema: float = 0.0
 
     val_batch_size: int = 1
     val_interval: int = 1
@@ -109,18 +162,24 @@ class TrainConfig:
     workers: int = 4
     precision: str = "fp32"
     channels_last: bool = True
+    cuda_graphs: bool = False
+    compile: bool = False
     device: str = "auto"
     seed: int = 0
+    deterministic: bool = False
+    train_scores: bool = False
     log_interval: int = 10
     checkpoint_interval: int = 200
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("data_root", "output", "pretrained"):
+        for name in ("data_root", "output", "pretrained", "split_file"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
-            elif not (value and isinstance(value, str)) and (name, value) != ("pretrained", None):
+            elif not (value and isinstance(value, str)) and (
+                value is not None or name in ("data_root", "output")
+            ):
                 raise ConfigError(f"{name}: expected a path, got {value!r}")
         self._choice("dataset", DATASETS)
         self._choice("backbone", BACKBONES)
@@ -129,22 +188,52 @@ class TrainConfig:
         self._choice("deconv_groups", DECONV_GROUPS)
         self._choice("output_stride", OUTPUT_STRIDES)
         self._choice("precision", PRECISIONS)
-        for name in ("aux_loss", "channels_last", "resume"):
+        self._choice("skips", (None, *SKIPS))
+        if self.skips is not None and self.output_stride != 32:
+            raise ConfigError(f"skips: expected output_stride 32 with it, got {self.output_stride}")
+        self._choice("loss", LOSSES)
+        self._choice("class_weights", CLASS_WEIGHTS)
+        self._choice("lr_schedule", SCHEDULES)
+        for name in (f.name for f in dataclasses.fields(self) if f.type in (bool, "bool")):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-        for name in ("epochs", "batch_size", "val_batch_size", "val_interval", "log_interval"):
+        for name in ("epochs", "batch_size", "accumulate", "val_batch_size", "log_interval"):
             self._integer(name, 1)
-        for name in ("patience", "workers", "seed", "checkpoint_interval"):
+        self._integer("lr_step_epochs", 1)
+        for name in ("val_interval", "patience", "workers", "seed", "checkpoint_interval"):
             self._integer(name, 0)
         if self.max_steps is not None:
             self._integer("max_steps", 1)
         self._number("lr", 0, open_low=True)
+        self._number("head_lr", 0, open_low=True)
         self._number("momentum", 0, 1, open_high=True)
+        self._number("ema", 0, 1, open_high=True)
+        self._number("clip_norm", 0)
+        self._number("label_smoothing", 0, 1)
+        self._number("ohem_threshold", 0, 1, open_low=True)
+        self._number("ohem_min_kept", 0)
+        if isinstance(self.ohem_min_kept, float) and self.ohem_min_kept > 1:
+            raise ConfigError(
+                "ohem_min_kept: expected an integer (pixels) or a share of the batch in [0, 1], "
+                f"got {self.ohem_min_kept!r}"
+            )
+        self._number("focal_gamma", 0)
+        if self.label_smoothing and self.loss != "ce":
+            raise ConfigError(
+                f"label_smoothing: expected 0 with loss {self.loss}, got {self.label_smoothing}"
+            )
         self._number("weight_decay", 0)
         self._number("aux_weight", 0)
         self._number("color_jitter", 0, 1, open_high=True)
         if self.warmup_epochs is not None:
             self._number("warmup_epochs", 0, self.epochs, open_high=True)
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError("nesterov: expected a momentum > 0 with it, got momentum 0")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"accumulate: expected a divisor of batch_size {self.batch_size}, "
+                f"got {self.accumulate}"
+            )
         self._pair("crop", int)
         self._pair("scale", float)
         if self.scale[0] > self.scale[1]:
@@ -165,6 +254,26 @@ class TrainConfig:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the fields to ``path`` as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The fields that :meth:`save` wrote, to be changed and passed to the class.
+
+        Raises:
+            ConfigError: the file is missing, is not such a file, or has a field that is not known.
+        """
+        try:
+            fields = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"config: cannot read {os.fspath(path)}: {error}") from error
+        if not isinstance(fields, dict):
+            raise ConfigError(f"config: {os.fspath(path)} holds no settings")
+        unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(TrainConfig)})
+        if unknown:
+            raise ConfigError(
+                f"config: {os.fspath(path)} has settings that are not known: {', '.join(unknown)}"
+            )
+        return fields
 
     def check_resumes(self, saved: dict[str, Any]) -> None:
         """Raises ConfigError where this run is not a continuation of the one that wrote ``saved``.

@@ -1,4 +1,4 @@
-"""The training loop: one process, one device, and a run that a kill can only pause."""
+"""The training loop: one device per process, and a run that a kill can only pause."""
 
 import contextlib
 import dataclasses
@@ -11,26 +11,37 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 import fcnseg
 from fcnseg import data, models
-from fcnseg.data import EvalTransform, SegmentationDataset, TrainTransform, worker_init_fn
+from fcnseg.data import (
+    DistributedEvalSampler,
+    EvalTransform,
+    SegmentationDataset,
+    TrainTransform,
+    worker_init_fn,
+)
+from fcnseg.graphs import GraphedTrainStep, Prefetcher, TrainStep
 from fcnseg.metrics import ConfusionMatrix, Scores, format_scores, scores
-from fcnseg.training import checkpoint, reporting
+from fcnseg.training import checkpoint, distributed, optimizer, reporting
 from fcnseg.training.config import ConfigError, TrainConfig
+from fcnseg.training.criterion import Criterion, Objective, make_criterion
+from fcnseg.training.distributed import World
 from fcnseg.training.schedule import lr_factor
 
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_GRACE = 30  # seconds that a data worker outlives a SIGTERM, as torchrun and Slurm wait
 _SAMPLES = 4  # rows of the picture of predictions
 
 
@@ -58,11 +69,13 @@ class TrainResult:
     """How a run ended.
 
     Attributes:
-        scores: of the best validation, on every class; None if the run was interrupted before one.
+        scores: of the best validation, on every class; None if the run was interrupted or never
+            validates, and in all processes but the first.
         best_epoch: 1-based epoch of that validation.
         steps: batches consumed, skipped ones included.
         skipped: batches without a valid pixel.
-        interrupted: stopped by Ctrl-C, to be resumed.
+        interrupted: stopped by a signal, to be resumed.
+        signal: the number of that signal, where this process received it; else 0.
         output: directory with the checkpoints, metrics and pictures.
     """
 
@@ -72,31 +85,45 @@ class TrainResult:
     skipped: int
     interrupted: bool
     output: Path
+    signal: int = 0
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a finite number."""
+    """The loss, a weight or the loss scale is no longer a number to go on with."""
+
+
+class WorkerError(RuntimeError):
+    """A process that loads data died."""
 
 
 class EpochBatches(Sampler[list[int]]):
     """Batches of indices in an order that is a pure function of (seed, epoch).
 
     A resumed epoch starts at batch ``start``; the batches before it are never loaded. The last,
-    short batch is dropped: one image is no sample for batch normalisation.
+    short batch is dropped: one image is no sample for batch normalisation. Of several processes
+    each gets its part of every batch.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int, world: World | None = None) -> None:
         self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.world = world or World()
         self.epoch, self.start = 0, 0
+
+    def batch(self, epoch: int, number: int) -> list[int]:
+        """The indices of a whole batch, those of all processes."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        return order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
 
     def __len__(self) -> int:
         return self.length // self.batch_size - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length).tolist()
+        own = self.batch_size // self.world.size
         end = self.length // self.batch_size * self.batch_size
         for first in range(self.start * self.batch_size, end, self.batch_size):
-            yield order[first : first + self.batch_size]
+            begin = first + self.world.rank * own
+            yield order[begin : begin + own]
 
 
 class MetricsFile:
@@ -107,58 +134,95 @@ class MetricsFile:
         os.truncate(self.file.fileno(), min(keep_bytes, path.stat().st_size))
 
     def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        with self._named():
+            self.file.write(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        with self._named():
+            self.file.flush()
 
     def sync(self) -> int:
         """Brings all records to the disk; returns the file's length in bytes."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with self._named():
+            self.file.flush()
+            os.fsync(self.file.fileno())
         return os.fstat(self.file.fileno()).st_size
 
     def close(self) -> None:
         self.file.close()
 
-
-def has_valid_pixel(target: Tensor, ignore_index: int) -> bool:
-    """Whether a batch can be trained on, with the same answer on every rank.
-
-    Where ``torch.distributed`` runs, one rank without a valid pixel makes all of them skip, so
-    that none waits for another's gradients.
-
-    Args:
-        target: integer labels on the CPU, any shape.
-        ignore_index: label of a pixel that does not count.
-    """
-    valid = bool((target != ignore_index).any())
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        flag = torch.tensor(int(valid), device=device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-        valid = bool(flag.item())
-    return valid
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """An error of an open file does not name it."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.file.name) from error
 
 
 class _Interrupt:
-    """Turns the first Ctrl-C into a flag, so that the step in hand ends whole."""
+    """Turns Ctrl-C and SIGTERM into a flag, so that the step in hand ends whole."""
 
     def __init__(self) -> None:
-        self.set = False
+        self.signal = 0
+
+    @property
+    def set(self) -> bool:
+        return self.signal != 0
 
     def _handle(self, signum: int, frame: object) -> None:
-        if self.set:
+        # A second Ctrl-C is meant; but torchrun passes on a signal that the terminal has sent too.
+        if self.set and signum == signal.SIGINT and not distributed.launched():
             raise KeyboardInterrupt
-        self.set = True
+        self.signal = signum
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers
             return
-        previous = signal.signal(signal.SIGINT, self._handle)
+        previous = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _init_worker(worker_id: int) -> None:
+    worker_init_fn(worker_id)
+    # A SIGTERM to all processes of a job is for the training process, which still needs its data
+    # to end the step; a worker that is left behind ends by itself.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
+
+
+@contextlib.contextmanager
+def _numerics(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """PyTorch's global switches as the run wants them, and as they were afterwards."""
+    backends: Any = torch.backends  # whose modules do not declare all that they have
+    matmul, conv = backends.cuda.matmul, backends.cudnn.conv
+    before = (
+        matmul.fp32_precision,
+        conv.fp32_precision,
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    precision = "tf32" if config.precision == "tf32" else "ieee"
+    if config.deterministic:  # read when cuBLAS starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        if device.type == "cuda":
+            matmul.fp32_precision = conv.fp32_precision = precision
+            torch.backends.cudnn.benchmark = not config.deterministic
+        torch.use_deterministic_algorithms(config.deterministic or before[3], warn_only=False)
+        yield
+    finally:
+        matmul.fp32_precision, conv.fp32_precision, torch.backends.cudnn.benchmark = before[:3]
+        torch.use_deterministic_algorithms(before[3], warn_only=before[4])
 
 
 @dataclass
@@ -166,8 +230,10 @@ class Trainer:
     """Trains ``model`` on ``train_set``, validates it on ``val_set``, keeps the run on disk.
 
     :func:`train` makes the parts from a configuration; use this class to bring your own. The model
-    needs ``loss(x, target, *, ignore_index, aux_weight)`` and
-    ``update_confusion_matrix(matrix, x, target, *, ignore_index)``.
+    needs the ``loss`` and ``update_confusion_matrix`` of :class:`fcnseg.models.FCN`, and its
+    ``predict`` for the pictures. ``world`` holds the processes that train together;
+    ``criterion(model, x, target)`` is the loss, by default what ``config`` says (see
+    :mod:`fcnseg.training.criterion`).
     """
 
     config: TrainConfig
@@ -175,13 +241,20 @@ class Trainer:
     train_set: SegmentationDataset
     val_set: SegmentationDataset
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    world: World = field(default_factory=World)
+    criterion: Criterion | None = None
 
     def __post_init__(self) -> None:
-        config, self.output = self.config, Path(self.config.output)
+        config, world, self.output = self.config, self.world, Path(self.config.output)
         if len(self.train_set) < config.batch_size:
             raise ConfigError(
                 f"batch_size: the training set has {len(self.train_set)} images, fewer than one "
                 f"batch of {config.batch_size}"
+            )
+        if config.batch_size % (config.accumulate * world.size):
+            raise ConfigError(
+                f"batch_size: expected a multiple of accumulate times the number of processes, "
+                f"{config.accumulate} x {world.size}, got {config.batch_size}"
             )
         if len(self.val_set) == 0:
             raise ConfigError(f"data_root: the validation set in {config.data_root} is empty")
@@ -192,18 +265,93 @@ class Trainer:
         self.memory_format = (
             torch.channels_last if config.channels_last else torch.contiguous_format
         )
-        self.model.to(device=self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        self.scaler = torch.amp.GradScaler("cuda", enabled=config.precision == "fp16")
-        self.batches = EpochBatches(len(self.train_set), config.batch_size, config.seed)
-        self.pending: list[tuple[int, float, Tensor]] = []  # step, lr, loss still on the device
+        self.batches = EpochBatches(len(self.train_set), config.batch_size, config.seed, world)
+        self.pending: list[tuple[int, float]] = []  # step, lr; the losses are on the device
         self.interrupt = _Interrupt()
+        self.stopping = False  # an interrupt that all processes know of
+        self.metrics: MetricsFile | None = None  # of the first process, while it runs
+        self.board: Any = None
+        self.saved_step = -1  # of the last checkpoint of this process
+        self._prepare_model()
+        self._prepare_step()
+        if world.size > 1:
+            torch.manual_seed(config.seed + world.rank)  # dropout differs, the weights do not
+
+    def _prepare_model(self) -> None:
+        config = self.config
+        if config.sync_bn:
+            if self.device.type != "cuda":
+                raise ConfigError("sync_bn: PyTorch synchronises batch normalisation on CUDA only")
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        if config.freeze_bn:
+            optimizer.freeze_batch_norm(self.model)
+        self.model.to(device=self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.average: nn.Module | None = None
+        self.update_average: Callable[[], None] | None = None
+        if config.ema:
+            self.average, self.update_average = optimizer.averaging(self.model, config.ema)
+        if config.compile:
+            if not isinstance(getattr(self.model, "backbone", None), nn.Module):
+                raise ConfigError("compile: the model has no backbone to compile")
+            self.model.backbone.compile()  # in place: the names of the weights stay
+
+    def _prepare_step(self) -> None:
+        config, world = self.config, self.world
+        classes = self.train_set.num_classes
+        self.matrix = (
+            torch.zeros(classes, classes, dtype=torch.int64, device=self.device)
+            if config.train_scores
+            else None
+        )
+        criterion = self.criterion or make_criterion(config, self.train_set, world)
+        if isinstance(criterion, nn.Module):
+            criterion.to(self.device)
+        objective: nn.Module = Objective(
+            self.model,
+            criterion,
+            matrix=self.matrix,
+            ignore_index=self.train_set.ignore_index,
+        )
+        if world.size > 1:
+            # PyTorch's notes ask for a side stream, in case the step is captured.
+            on_cuda = self.device.type == "cuda"
+            with torch.cuda.stream(torch.cuda.Stream() if on_cuda else None):
+                objective = DistributedDataParallel(
+                    objective,
+                    # Rank 0's running statistics go to all: those of the checkpoint.
+                    device_ids=[self.device.index] if on_cuda else None,
+                    gradient_as_bucket_view=True,
+                )
+        self.optimizer = optimizer.make_optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.train_step = TrainStep(
+            objective,
+            self.optimizer,
+            [self._factor(step) for step in range(self.total_steps)],
+            self.device,
+            count=getattr(criterion, "count", None),
+            parts=config.accumulate,
+            max_norm=config.clip_norm,
+            scaler=self.scaler,
+            autocast=_AUTOCAST.get(config.precision),
+            prepare=self._normalised,
+            after=self.update_average,
+            history=config.log_interval,
+        )
+        self.step: Callable[[Tensor, Tensor], Tensor] = self.train_step
+        if config.cuda_graphs:
+            self.step = GraphedTrainStep(self.train_step)
+            if self.step.reason is not None and world.main:
+                print(f"no CUDA graph, steps run eagerly: {self.step.reason}")
+
+    def _factor(self, step: int) -> float:
+        return lr_factor(
+            step,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+            kind=self.config.lr_schedule,
+            drop_every=self.config.lr_step_epochs * self.progress.steps_per_epoch,
+        )
 
     # -- data ----------------------------------------------------------------------------------
 
@@ -211,7 +359,7 @@ class Trainer:
         return DataLoader(
             dataset,
             num_workers=self.config.workers,
-            worker_init_fn=worker_init_fn,
+            worker_init_fn=_init_worker,
             pin_memory=self.device.type == "cuda",
             # Its own generator: making an iterator draws from the global one otherwise, and a
             # resumed epoch makes one more than an unbroken epoch.
@@ -219,31 +367,63 @@ class Trainer:
             **batching,
         )
 
-    def _images(self, images: Tensor) -> Tensor:
-        images = images.to(self.device, non_blocking=True)
+    def _normalised(self, images: Tensor) -> Tensor:
         return data.normalise(images, memory_format=self.memory_format)
 
+    def _images(self, images: Tensor) -> Tensor:
+        return self._normalised(images.to(self.device, non_blocking=True))
+
     def _autocast(self) -> torch.autocast:
-        dtype = _AUTOCAST[self.config.precision]
+        dtype = _AUTOCAST.get(self.config.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _files(self, step: int) -> str:
+        """The images of the batch of a step, by file name where the data set tells it."""
+        epoch, batch = divmod(step - 1, self.progress.steps_per_epoch)
+        indices = self.batches.batch(epoch, batch)
+        files = getattr(self.train_set, "files", None)
+        names = [str(index) if files is None else str(files[index][0]) for index in indices]
+        return ("images " if files is None else "") + ", ".join(names)
 
     # -- state ---------------------------------------------------------------------------------
 
     def save_last(self) -> None:
-        """Writes ``last.pt``, from which :meth:`load_last` continues."""
+        """Writes ``last.pt``, from which :meth:`load_last` continues. All processes call it.
+
+        Raises:
+            DivergedError: a loss or a weight is not finite; the checkpoint before is kept.
+            OSError: the file cannot be written; the checkpoint before is kept.
+        """
+        self._flush()
+        if not all(torch.isfinite(p).all() for p in self._float_state()):
+            raise DivergedError(
+                f"a weight is not finite after step {self.progress.step}: {self._advice()}"
+            )
+        random_states = self.world.gather(checkpoint.rng_state())
+        matrix = None if self.matrix is None else self.world.sum(self.matrix.clone())
+        if self.metrics is None:
+            return
         self.progress.metrics_bytes = self.metrics.sync()
         state = {
             "config": self.config.to_dict(),
             "progress": dict(vars(self.progress)),
-            "rng": checkpoint.rng_state(),
+            "rng": random_states,
             "scaler": self.scaler.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "matrix": matrix,
             "model": self.model.state_dict(),
         }
         checkpoint.save(self.output / "last.pt", state)
+        self.saved_step = self.progress.step
+
+    def _float_state(self) -> Iterator[Tensor]:
+        return (t for t in self.model.state_dict().values() if t.is_floating_point())
 
     def load_last(self) -> None:
         """Puts everything back to what it was when ``last.pt`` was written.
+
+        On another number of processes than then, dropout is drawn anew.
 
         Raises:
             CheckpointError: the file is missing, unreadable or lacks a part.
@@ -260,12 +440,28 @@ class Trainer:
                     f"{self.progress.steps_per_epoch}: is {self.config.data_root} the same data?"
                 )
             self.model.load_state_dict(state["model"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            if self.matrix is not None and self.world.main:
+                self.matrix.copy_(state["matrix"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
-            checkpoint.set_rng_state(state["rng"])
-        except (KeyError, TypeError, RuntimeError) as error:
+            if len(state["rng"]) == self.world.size:
+                checkpoint.set_rng_state(state["rng"][self.world.rank])
+            elif self.world.main:
+                print(f"continued on {self.world.size} processes, was on {len(state['rng'])}")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, ConfigError):
+                raise
             raise checkpoint.CheckpointError(f"{path} is not of such a run: {error}") from error
+        self.train_step.attach()
+        self.train_step.number.fill_(progress.step)
+        self.saved_step = progress.step
         self.progress = progress
+
+    def _evaluated(self) -> models.FCN:
+        """The model that is validated and kept as the best."""
+        return self.model if self.average is None else self.average  # type: ignore[return-value]
 
     def _save_best(self, result: Scores) -> None:
         state = {
@@ -273,39 +469,74 @@ class Trainer:
             "classes": list(self.train_set.classes),
             "epoch": self.progress.best_epoch,
             "scores": dataclasses.asdict(result),
-            "model": self.model.state_dict(),
+            "model": self._evaluated().state_dict(),
         }
         checkpoint.save(self.output / "best.pt", state)
 
     # -- the run -------------------------------------------------------------------------------
 
     def run(self) -> TrainResult:
-        """Trains from where the run stands to its end, or to Ctrl-C."""
+        """Trains from where the run stands to its end, or to Ctrl-C or SIGTERM.
+
+        Raises:
+            DivergedError: the loss is not finite; ``last.pt`` is from before.
+            WorkerError: a data worker died.
+            OSError: a file cannot be written.
+        """
+        try:
+            if self.world.main:
+                self._open_logs()
+            with _numerics(self.config, self.device), self.interrupt.watching():
+                while not self._done() and not self.stopping:
+                    self._train_epoch()
+                if self.stopping:
+                    self.save_last()
+        except BaseException as error:
+            with contextlib.suppress(Exception):  # a full disk, again: the first error counts
+                self._close_logs()
+            if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+                raise WorkerError(self._worker_died(error)) from error
+            raise
+        self._close_logs()
+        best = None if self.stopping or not self.world.main else self._report()
+        progress = self.progress
+        return TrainResult(
+            best,
+            progress.best_epoch,
+            progress.step,
+            progress.skipped,
+            self.stopping,
+            self.output,
+            self.interrupt.signal,
+        )
+
+    def _open_logs(self) -> None:
         # Here, so that nothing but a training run pays for its import.
         from torch.utils.tensorboard import SummaryWriter
 
-        progress = self.progress
-        self.metrics = MetricsFile(self.output / "metrics.jsonl", progress.metrics_bytes)
-        self.board = SummaryWriter(str(self.output), purge_step=progress.step)
-        try:
-            with self.interrupt.watching():
-                while not self._done():
-                    self._train_epoch()
-                    if self.interrupt.set:
-                        self.save_last()
-                        break
-        finally:
-            self.metrics.close()
-            self.board.close()
-        if self.interrupt.set:
-            return self._result(None, interrupted=True)
-        return self._result(self._report(), interrupted=False)
+        self.metrics = MetricsFile(self.output / "metrics.jsonl", self.progress.metrics_bytes)
+        self.board = SummaryWriter(str(self.output), purge_step=self.progress.step)
 
-    def _result(self, best: Scores | None, *, interrupted: bool) -> TrainResult:
-        progress = self.progress
-        return TrainResult(
-            best, progress.best_epoch, progress.step, progress.skipped, interrupted, self.output
+    def _close_logs(self) -> None:
+        for log in (self.metrics, self.board):
+            if log is not None:
+                log.close()
+
+    def _worker_died(self, error: RuntimeError) -> str:
+        """The first line of PyTorch's message and what can be done."""
+        reason = next(x for x in str(error).splitlines() if "DataLoader worker" in x).strip()
+        return (
+            f"{reason.rstrip('.')}: a process that loads data died (out of memory, perhaps: try "
+            f"fewer workers than {self.config.workers}); {self._last_checkpoint()}"
         )
+
+    def _last_checkpoint(self) -> str:
+        if self.saved_step < 0:
+            return "no checkpoint was written yet"
+        return f"the last checkpoint is of step {self.saved_step}"
+
+    def _advice(self) -> str:
+        return f"try a lower lr or a longer warm-up; {self._last_checkpoint()}"
 
     def _out_of_steps(self) -> bool:
         limit = self.config.max_steps
@@ -315,15 +546,16 @@ class Trainer:
         return 0 < self.config.patience <= self.progress.stale
 
     def _done(self) -> bool:
-        """Whether the run has ended; a run always ends on a validation."""
+        """Whether the run has ended; a run that validates ends on a validation."""
         progress = self.progress
         ended = progress.epoch >= self.config.epochs or self._out_of_patience()
-        return ended or (self._out_of_steps() and progress.validated == progress.step)
+        validated = self.config.val_interval == 0 or progress.validated == progress.step
+        return ended or (self._out_of_steps() and validated)
 
     def _train_epoch(self) -> None:
-        """Trains the rest of this epoch, then validates; stops early on Ctrl-C or max_steps."""
+        """Trains the rest of this epoch, then validates; stops early on a signal or max_steps."""
         config, progress = self.config, self.progress
-        self.model.train()
+        optimizer.train_mode(self.model, freeze_bn=config.freeze_bn)
         self.train_set.set_epoch(progress.epoch)
         self.batches.epoch, self.batches.start = progress.epoch, progress.batch
         started, first = time.perf_counter(), progress.batch
@@ -335,54 +567,48 @@ class Trainer:
             desc=f"epoch {progress.epoch + 1}/{config.epochs}",
             unit="batch",
             leave=False,
-            disable=not sys.stderr.isatty(),
+            disable=not (self.world.main and sys.stderr.isatty()),
         )
         with bar:
             if not self._out_of_steps():
-                for images, target in self._loader(self.train_set, batch_sampler=self.batches):
-                    self._train_step(images, target)
+                loader = self._loader(self.train_set, batch_sampler=self.batches)
+                for (_, target), batch in Prefetcher(loader, self.device):
+                    valid = bool((target != self.train_set.ignore_index).any())
+                    valid, self.stopping = self.world.any(valid, self.interrupt.set)
+                    if self.stopping:
+                        break
+                    self._train_step(*batch, valid=valid)
                     bar.update()
                     if progress.step % config.log_interval == 0:
                         bar.set_postfix(loss=f"{self._flush():.4f}")
-                    if self.interrupt.set or self._out_of_steps():
+                    if self._out_of_steps():
                         break
                     if (
                         config.checkpoint_interval
                         and progress.step % config.checkpoint_interval == 0
                         and progress.batch < progress.steps_per_epoch
                     ):
-                        self._flush()
                         self.save_last()
         self._flush()
         seconds = time.perf_counter() - started
-        if not self.interrupt.set:
+        if not self.stopping:
             images_per_second = (progress.batch - first) * config.batch_size / seconds
             self._end_epoch(images_per_second)
 
-    def _train_step(self, images: Tensor, target: Tensor) -> None:
-        config, progress = self.config, self.progress
-        # Before the forward pass, so that batch normalisation does not see the images either.
-        if has_valid_pixel(target, self.train_set.ignore_index):
-            lr = config.lr * lr_factor(
-                progress.step, total_steps=self.total_steps, warmup_steps=self.warmup_steps
-            )
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            images = self._images(images)
-            target = target.to(self.device, non_blocking=True)
-            self.optimizer.zero_grad(set_to_none=True)
-            with self._autocast():
-                loss = self.model.loss(
-                    images,
-                    target,
-                    ignore_index=self.train_set.ignore_index,
-                    aux_weight=config.aux_weight,
-                )
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.pending.append((progress.step + 1, lr, loss.detach()))
+    def _train_step(self, images: Tensor, target: Tensor, *, valid: bool) -> None:
+        """A step on a batch of the device, or none where no process has a valid pixel in it."""
+        progress = self.progress
+        if valid:
+            try:
+                self.step(images, target)
+            except IndexError as error:  # a bad label, on the CPU
+                step = progress.step + 1
+                raise IndexError(f"step {step}: {error}; batch: {self._files(step)}") from error
+            lr = self.config.lr * self._factor(progress.step)
+            self.pending.append((progress.step + 1, lr))
         else:
+            # Not even a forward pass, so that batch normalisation does not see the images either.
+            self.train_step.skip()
             progress.skipped += 1
             progress.skipped_in_epoch += 1
         progress.step += 1
@@ -392,32 +618,45 @@ class Trainer:
         """Records the losses since the last call, the one place that waits for the device."""
         progress = self.progress
         if self.pending:
-            losses = torch.stack([loss for _, _, loss in self.pending]).tolist()
-            for (step, lr, _), loss in zip(self.pending, losses, strict=True):
-                self.metrics.write(
-                    {"kind": "step", "step": step, "epoch": progress.epoch + 1, "loss": loss}
-                    | {"lr": lr}
-                )
+            history = self.world.sum(self.train_step.losses.clone()).tolist()
+            for step, lr in self.pending:
+                loss = history[(step - 1) % len(history)]
+                if self.metrics is not None:
+                    self.metrics.write(
+                        {"kind": "step", "step": step, "epoch": progress.epoch + 1, "loss": loss}
+                        | {"lr": lr}
+                    )
                 if math.isfinite(loss):
                     progress.loss_sum += loss
                     progress.loss_count += 1
-                else:
-                    self._explain(loss, step)
-            self.board.add_scalar("train/loss", losses[-1], self.pending[-1][0])
-            self.board.add_scalar("train/lr", self.pending[-1][1], self.pending[-1][0])
+                elif not self.scaler.is_enabled():
+                    self._diverged(loss, step)
+            if self.metrics is not None:
+                self.board.add_scalar("train/loss", loss, step)
+                self.board.add_scalar("train/lr", lr, step)
+                self.metrics.flush()
             self.pending.clear()
-            self.metrics.file.flush()
+            if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+                # The scaler skips a step that overflows and halves its scale: at the start that
+                # finds the right one, but no gradient is too large for a scale as small as this.
+                self._diverged(loss, step)
         return progress.loss_sum / progress.loss_count if progress.loss_count else math.nan
 
-    def _explain(self, loss: float, step: int) -> None:
-        """Raises for a loss that is not finite, unless a GradScaler deals with it."""
-        if self.device.type == "cuda":
+    def _diverged(self, loss: float, step: int) -> None:
+        """Raises, with what is known of the step."""
+        verdict = "all labels are valid"
+        try:
             fcnseg.check_labels()  # a label outside the classes makes the loss NaN
-        if not self.scaler.is_enabled():
+        except IndexError as error:
+            verdict = str(error)
+        if self.metrics is not None:
             self.metrics.sync()
-            raise DivergedError(
-                f"the loss is {loss} at step {step}: try a lower lr or a longer warm-up"
-            )
+        what = f"the loss is {loss} at step {step}"
+        if self.scaler.is_enabled():
+            what += f" and its scale fell to {self.scaler.get_scale():g}: fp16 overflows always"
+        raise DivergedError(
+            f"{what}; batch: {self._files(step)}; label check: {verdict}; {self._advice()}"
+        )
 
     def _end_epoch(self, images_per_second: float) -> None:
         config, progress = self.config, self.progress
@@ -433,9 +672,14 @@ class Trainer:
             "peak_memory_mb": self._peak_memory(),
         }
         line = f"epoch {progress.epoch + 1:3d}/{config.epochs}  loss {loss:.4f}"
-        if last or (progress.epoch + 1) % config.val_interval == 0:
+        if self.scaler.is_enabled():
+            record["loss_scale"] = self.scaler.get_scale()
+        if self.matrix is not None:
+            record["train_miou"] = scores(self.world.sum(self.matrix.clone())).mean_iou
+            line += f"  training mIoU {record['train_miou']:.4f}"
+        if config.val_interval and (last or (progress.epoch + 1) % config.val_interval == 0):
             result = self.validate()
-            if self.interrupt.set:
+            if result is None:
                 return  # the run saves a checkpoint from which this epoch is validated again
             better = progress.best_epoch == 0 or not result.mean_iou <= progress.best_miou
             progress.stale = 0 if better else progress.stale + 1
@@ -443,40 +687,56 @@ class Trainer:
             if better:
                 progress.best_miou, progress.best_epoch = result.mean_iou, progress.epoch + 1
                 # First: killed in between, the resumed run validates again and writes it again.
-                self._save_best(result)
+                if self.world.main:
+                    self._save_best(result)
             record |= {"miou": result.mean_iou, "pixel_accuracy": result.pixel_accuracy}
-            self.board.add_scalar("val/miou", result.mean_iou, progress.step)
+            if self.metrics is not None:
+                self.board.add_scalar("val/miou", result.mean_iou, progress.step)
             line += f"  mIoU {result.mean_iou:.4f}{'*' if better else ' '}"
-        self.metrics.write(record)
-        self.board.add_scalar("train/images_per_second", images_per_second, progress.step)
         line += f"  {images_per_second:.1f} images/s  peak {record['peak_memory_mb']:.0f} MB"
         if progress.skipped_in_epoch:
             line += f"  {progress.skipped_in_epoch} batches without a valid pixel skipped"
-        print(line, flush=True)
+        if self.metrics is not None:
+            self.metrics.write(record)
+            self.board.add_scalar("train/images_per_second", images_per_second, progress.step)
+            print(line, flush=True)
         if progress.batch == progress.steps_per_epoch:
             progress.epoch, progress.batch = progress.epoch + 1, 0
             progress.loss_sum, progress.loss_count, progress.skipped_in_epoch = 0.0, 0, 0
+            if self.matrix is not None:
+                self.matrix.zero_()
         self.save_last()
 
-    def validate(self) -> Scores:
-        """Scores of the model on the validation set, at the labels' own resolution."""
-        ignore_index = self.val_set.ignore_index
+    def validate(self) -> Scores | None:
+        """Scores on the validation set, at the labels' own resolution; None if interrupted.
+
+        Each process counts its share of the images; all get the scores of the whole set.
+        """
+        ignore_index, world = self.val_set.ignore_index, self.world
+        model = self._evaluated()
+        world.share_buffers(model)
         matrix = ConfusionMatrix(
             self.val_set.num_classes, ignore_index=ignore_index, device=self.device
         )
-        self.model.eval()
+        model.eval()
+        batching: dict[str, Any] = {"batch_size": self.config.val_batch_size}
+        if world.size > 1:
+            batching["sampler"] = DistributedEvalSampler(self.val_set, world.size, world.rank)
         with torch.no_grad(), self._autocast():
-            for images, target in self._loader(self.val_set, batch_size=self.config.val_batch_size):
-                self.model.update_confusion_matrix(
-                    matrix.matrix,
-                    self._images(images),
-                    target.to(self.device, non_blocking=True),
-                    ignore_index=ignore_index,
+            for _, (images, target) in Prefetcher(
+                self._loader(self.val_set, **batching), self.device
+            ):
+                model.update_confusion_matrix(
+                    matrix.matrix, self._normalised(images), target, ignore_index=ignore_index
                 )
                 if self.interrupt.set:
                     break
+        [self.stopping] = world.any(self.interrupt.set)
+        if self.stopping:
+            return None
         if self.device.type == "cuda":
             fcnseg.check_labels()
+        matrix.sync()
         return scores(matrix.compute())
 
     def _peak_memory(self) -> float:
@@ -486,17 +746,20 @@ class Trainer:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
-    def _report(self) -> Scores:
+    def _report(self) -> Scores | None:
         """Prints the best scores and draws the pictures, with the best weights."""
-        best = checkpoint.load(self.output / "best.pt")
-        self.model.load_state_dict(best["model"])
-        self.model.eval()
+        model = self._evaluated()
+        best = None
+        if self.progress.best_epoch:
+            best = checkpoint.load(self.output / "best.pt")
+            model.load_state_dict(best["model"])
+        model.eval()
         samples = []
         count = len(self.val_set)
         for index in np.linspace(0, count - 1, min(_SAMPLES, count)).round().astype(int).tolist():
             image, truth = self.val_set[index]
             with torch.no_grad(), self._autocast():
-                prediction = self.model.predict(self._images(image[None]))
+                prediction = model.predict(self._images(image[None]))
             samples.append(
                 (image.permute(1, 2, 0).numpy(), truth.numpy(), prediction[0].cpu().numpy())
             )
@@ -504,6 +767,8 @@ class Trainer:
             self.output / "predictions.png", samples, self.val_set.classes, self.val_set.palette
         )
         reporting.save_curves(self.output / "curves.png", self.output / "metrics.jsonl")
+        if best is None:
+            return None
         result = Scores(**best["scores"])
         print(format_scores(result, self.val_set.classes))
         print(f"best of epoch {best['epoch']}: mIoU {result.mean_iou:.4f}")
@@ -520,18 +785,28 @@ def build_model(config: TrainConfig, num_classes: int) -> models.FCN:
         head=config.head,
         upsample=config.upsample,
         deconv_groups=config.deconv_groups,
+        skips=config.skips,
     )
 
 
-def _choose_device(config: TrainConfig) -> torch.device:
+def _choose_device(config: TrainConfig, local_rank: int) -> torch.device:
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    elif name != "cpu" and distributed.launched():
+        raise ConfigError(f"device: each process takes the GPU of its local rank, got {name}")
     if name != "cpu" and not torch.cuda.is_available():
         raise ConfigError(f"device: {name} was asked for, but PyTorch sees no CUDA device")
-    if name == "cpu" and config.precision == "fp16":
-        raise ConfigError("precision: fp16 needs a CUDA device; on the CPU use bf16 or fp32")
-    return torch.device(name)
+    if name == "cpu" and config.precision in ("fp16", "tf32"):
+        raise ConfigError(
+            f"precision: {config.precision} needs a CUDA device; on the CPU use bf16 or fp32"
+        )
+    device = torch.device(name)
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        raise ConfigError(f"device: {name} was asked for, there are {torch.cuda.device_count()}")
+    return device
 
 
 def _check_output(config: TrainConfig) -> bool:
@@ -553,6 +828,9 @@ def train(config: TrainConfig) -> TrainResult:
     ``curves.png``. Killed at any moment and resumed, a run on the CPU has bit for bit the losses
     of an unbroken one.
 
+    Started by ``torchrun``, the processes train together: each computes its share of every batch
+    of ``config.batch_size`` images, and the first one writes the files.
+
     Returns:
         The scores of the best validation and how the run ended.
 
@@ -560,9 +838,19 @@ def train(config: TrainConfig) -> TrainResult:
         ConfigError: the settings do not fit each other, the data, the machine or the output.
         CheckpointError: ``resume`` without a readable checkpoint.
         DivergedError: the loss became NaN or infinite.
+        IndexError: a label outside the classes.
+        WorkerError: a data worker died.
+        PeerError: another process of the run failed.
+        OSError: a file cannot be written.
     """
+    device = _choose_device(config, distributed.World.from_environment().local_rank)
+    with distributed.join(device) as world:
+        return _train(config, device, world)
+
+
+def _train(config: TrainConfig, device: torch.device, world: World) -> TrainResult:
     has_checkpoint = _check_output(config)
-    device = _choose_device(config)
+    world.any()  # all have looked before the first one writes
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)
@@ -576,19 +864,25 @@ def train(config: TrainConfig) -> TrainResult:
             seed=config.seed,
             color_jitter=config.color_jitter,
         ),
+        split_file=config.split_file,
     )
-    val_set = data.open_dataset(config.dataset, config.data_root, "val", EvalTransform())
+    val_set = data.open_dataset(
+        config.dataset, config.data_root, "val", EvalTransform(), split_file=config.split_file
+    )
     model = build_model(config, train_set.num_classes)
     if config.pretrained is not None and not has_checkpoint:
         report = models.load_pretrained(model, config.pretrained)
-        print(reporting.load_report(config.pretrained, report))
-    trainer = Trainer(config, model, train_set, val_set, device)
+        if world.main:
+            print(reporting.load_report(config.pretrained, report))
+    trainer = Trainer(config, model, train_set, val_set, device, world)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoint.remove_temporaries(output)
     if has_checkpoint:
         trainer.load_last()
-        at = trainer.progress
-        print(f"resuming at step {at.step} (epoch {at.epoch + 1}, batch {at.batch})")
-    config.save(output / "config.json")
+    if world.main:
+        output.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_temporaries(output)
+        if has_checkpoint:
+            at = trainer.progress
+            print(f"resuming at step {at.step} (epoch {at.epoch + 1}, batch {at.batch})")
+        config.save(output / "config.json")
     return trainer.run()
