@@ -231,6 +231,52 @@ def _conv_transpose_cross_entropy_cuda(
     return result
 
 
+def _conv_transpose_cross_entropy_compiled(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, grad_input, grad_weight, grad_bias, bad_label = (
+        torch.ops.fcnseg_cpu.conv_transpose_cross_entropy(
+            input, weight, target, bias, class_weight, stride, padding, groups, *args
+        )
+    )
+    _raise_reported("target", bad_label, weight.shape[1] * groups)
+    return (
+        loss,
+        _with_strides_of(grad_input, input),
+        _with_strides_of(grad_weight, weight),
+        grad_bias,
+    )
+
+
+def _conv_transpose_cross_entropy_backward_compiled(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_input, grad_weight, grad_bias = (
+        torch.ops.fcnseg_cpu.conv_transpose_cross_entropy_backward(
+            grad_output, input, weight, target, bias, class_weight, stride, padding, *args
+        )
+    )
+    return _with_strides_of(grad_input, input), _with_strides_of(grad_weight, weight), grad_bias
+
+
 def _conv_transpose_cross_entropy_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,11 +312,13 @@ _register(
 )
 _register(
     "conv_transpose_cross_entropy",
+    compiled=_conv_transpose_cross_entropy_compiled,
     cpu=_conv_transpose_cross_entropy_cpu,
     cuda=_conv_transpose_cross_entropy_cuda,
 )
 _register(
     "conv_transpose_cross_entropy_backward",
+    compiled=_conv_transpose_cross_entropy_backward_compiled,
     cpu=_conv_transpose_cross_entropy_backward,
     cuda=_conv_transpose_cross_entropy_backward,
 )
@@ -310,6 +358,25 @@ def _upsample_argmax_compiled(
     return labels.to(dtype)
 
 
+def _conv_transpose_argmax_compiled(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+    crop: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    labels = torch.ops.fcnseg_cpu.conv_transpose_argmax(
+        input, weight, bias, *size, stride, padding, groups, dilation, crop, dtype == torch.uint8
+    )
+    return labels.to(dtype)
+
+
 _register(
     "upsample_argmax",
     compiled=_upsample_argmax_compiled,
@@ -317,7 +384,12 @@ _register(
     cuda=_upsample_argmax_cuda,
     cuda_kind=_triton_kind,
 )
-_register("conv_transpose_argmax", cpu=_conv_transpose_argmax, cuda=_conv_transpose_argmax)
+_register(
+    "conv_transpose_argmax",
+    compiled=_conv_transpose_argmax_compiled,
+    cpu=_conv_transpose_argmax,
+    cuda=_conv_transpose_argmax,
+)
 
 
 # --- confusion matrices ---------------------------------------------------------------------------

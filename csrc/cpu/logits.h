@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 
 namespace fcnseg {
 
@@ -108,23 +109,22 @@ struct Labels {
 struct BadLabel {
   int64_t count = 0, value = 0, n = 0, y = 0, x = 0;
 
-  // `later` covers pixels behind those of *this.
-  void append(const BadLabel& later) {
-    if (count == 0) {
-      *this = later;
-    } else {
-      count += later.count;
-    }
+  // `other` covers other pixels.
+  void merge(const BadLabel& other) {
+    if (other.count == 0) return;
+    const bool first = count == 0 || std::tie(other.n, other.y, other.x) < std::tie(n, y, x);
+    const int64_t both = count + other.count;
+    if (first) *this = other;
+    count = both;
   }
   // Row (n, y) holds `found` > 0 bad labels.
-  void append_row(const Labels& labels, int64_t C, int64_t ignore, int64_t found, int64_t n,
-                  int64_t y) {
+  static BadLabel in_row(const Labels& labels, int64_t C, int64_t ignore, int64_t found, int64_t n,
+                         int64_t y) {
     BadLabel row{found, 0, n, y, 0};
     for (;; ++row.x) {
       row.value = labels.at(n, y, row.x);
-      if (row.value != ignore && (row.value < 0 || row.value >= C)) break;
+      if (row.value != ignore && (row.value < 0 || row.value >= C)) return row;
     }
-    append(row);
   }
 };
 

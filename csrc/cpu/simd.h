@@ -18,7 +18,7 @@ constexpr int kLanes = 4;
 using Float = float __attribute__((vector_size(4 * kLanes)));
 using Int = int32_t __attribute__((vector_size(4 * kLanes)));
 
-FCNSEG_INLINE Float splat(float x) { return Float{} + x; }
+FCNSEG_INLINE Float splat(float x) { return x - Float{}; }
 FCNSEG_INLINE Int splat_int(int32_t x) { return Int{} + x; }
 
 FCNSEG_INLINE Float load(const float* p) {

@@ -8,7 +8,9 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <string>
 
+#include "cross_entropy.h"
 #include "logits.h"
 
 namespace fcnseg {
@@ -63,6 +65,28 @@ inline Tensor report_of(const BadLabel& bad, const Tensor& like) {
   fields[3] = bad.y;
   fields[4] = bad.x;
   return report;
+}
+
+inline Reduction reduction_of(const std::string& name) {
+  if (name == "none") return Reduction::kNone;
+  if (name == "mean") return Reduction::kMean;
+  STD_TORCH_CHECK(name == "sum", "reduction must be none, mean or sum");
+  return Reduction::kSum;
+}
+
+// Of the arithmetic, the loss and unscaled gradients.
+inline ScalarType real_of(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// [N, C, h, w] in the memory order of the logits where that is one of the two usual ones.
+inline Tensor empty_gradient(const Tensor& logits) {
+  const int64_t N = logits.size(0), C = logits.size(1), h = logits.size(2), w = logits.size(3);
+  if (C > 1 && logits.stride(1) == 1 && logits.stride(3) != 1) {
+    const Tensor last = torch::stable::new_empty(logits, {N, h, w, C}, real_of(logits));
+    return torch::stable::transpose(torch::stable::transpose(last, 2, 3), 1, 2);
+  }
+  return torch::stable::new_empty(logits, {N, C, h, w}, real_of(logits));
 }
 
 // One task at a time: the tasks are few and fixed by the shapes.

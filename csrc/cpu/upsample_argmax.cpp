@@ -9,20 +9,6 @@ namespace fcnseg {
 namespace {
 
 template <typename Label>
-class LabelWriter : public LabelSink {
- public:
-  LabelWriter(Label* out, int64_t H, int64_t W) : out_(out), H_(H), W_(W) {}
-  void take_row(int64_t n, int64_t y, const int32_t* labels) override {
-    Label* const row = out_ + (n * H_ + y) * W_;
-    for (int64_t x = 0; x < W_; ++x) row[x] = static_cast<Label>(labels[x]);
-  }
-
- private:
-  Label* out_;
-  int64_t H_, W_;
-};
-
-template <typename Label>
 void write_labels(const UpsampleArgmax& problem, Tensor& out) {
   Label* const data = static_cast<Label*>(out.mutable_data_ptr());
   upsample_argmax(problem, &parallel_for,

@@ -25,11 +25,7 @@ struct Counts {
   void add(const std::vector<int64_t>& part, const BadLabel& part_bad) {
     const std::lock_guard<std::mutex> lock(mutex);
     for (size_t i = 0; i < part.size(); ++i) table[i] += part[i];
-    if (part_bad.count == 0) return;
-    const int64_t count = bad.count + part_bad.count;
-    const auto position = [](const BadLabel& b) { return std::tuple(b.n, b.y, b.x); };
-    if (bad.count == 0 || position(part_bad) < position(bad)) bad = part_bad;
-    bad.count = count;
+    bad.merge(part_bad);
   }
 };
 
@@ -56,7 +52,7 @@ class LabelCounter : public LabelSink {
   void count(const int32_t* labels, const Target* target, int64_t n, int64_t y) {
     BadLabels found;
     count_range(labels, target, 0, target_.W, C_, ignore_index_, table_.data(), found);
-    if (found.count != 0) bad_.append({found.count, found.value, n, y, found.position});
+    if (found.count != 0) bad_.merge({found.count, found.value, n, y, found.position});
   }
 
   const Labels target_;

@@ -24,27 +24,6 @@ struct Options {
   std::optional<double> scale_h, scale_w;
 };
 
-Reduction reduction_of(const std::string& name) {
-  if (name == "none") return Reduction::kNone;
-  if (name == "mean") return Reduction::kMean;
-  STD_TORCH_CHECK(name == "sum", "reduction must be none, mean or sum");
-  return Reduction::kSum;
-}
-
-ScalarType real_of(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// [N, C, h, w] in the memory order of the logits where that is one of the two usual ones.
-Tensor empty_gradient(const Tensor& logits) {
-  const int64_t N = logits.size(0), C = logits.size(1), h = logits.size(2), w = logits.size(3);
-  if (C > 1 && logits.stride(1) == 1 && logits.stride(3) != 1) {
-    const Tensor last = torch::stable::new_empty(logits, {N, h, w, C}, real_of(logits));
-    return torch::stable::transpose(torch::stable::transpose(last, 2, 3), 1, 2);
-  }
-  return torch::stable::new_empty(logits, {N, C, h, w}, real_of(logits));
-}
-
 void set_gradient(UpsampleCrossEntropy& problem, Tensor& gradient) {
   problem.gradient = gradient.mutable_data_ptr();
   problem.gradient_n = gradient.stride(0);

@@ -3,12 +3,11 @@
 
 #include <cstdint>
 
+#include "cross_entropy.h"
 #include "logits.h"
 #include "parallel.h"
 
 namespace fcnseg {
-
-enum class Reduction { kNone, kMean, kSum };
 
 struct UpsampleCrossEntropy {
   Logits logits;

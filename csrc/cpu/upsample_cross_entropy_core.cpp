@@ -55,10 +55,7 @@ struct Plan {
   std::vector<int64_t> band_begin;
   int64_t bands_per_item, items_per_image, items;
   bool vector_path;
-  double smoothing;
-  // eq. 3 of the kernel header; float copies for the vector path, empty where they are trivial
-  std::vector<double> softmax_weight, one_hot_weight, smoothing_weight;  // [C + 1], last 0
-  std::vector<float> softmax_weight_f, one_hot_weight_f, smoothing_weight_f, class_weight_f;
+  LossWeights<float> weights;  // eq. 3 of the kernel header
 
   explicit Plan(const UpsampleCrossEntropy& problem)
       : p(problem),
@@ -78,27 +75,7 @@ struct Plan {
         items(N * items_per_image),
         // One class has exactly zero loss and gradient, which progressions only come near to.
         vector_path(p.logits.dtype != DType::kDouble && C > 1),
-        smoothing(C > 1 ? p.label_smoothing : 0.0) {
-    double total = 0;
-    for (int64_t c = 0; c < C; ++c) total += p.weight != nullptr ? p.weight[c] : 1.0;
-    for (int64_t c = 0; c < C; ++c) {
-      const double weight = p.weight != nullptr ? p.weight[c] : 1.0;
-      one_hot_weight.push_back((1 - smoothing) * weight);
-      smoothing_weight.push_back(smoothing / static_cast<double>(C) * weight);
-      softmax_weight.push_back(one_hot_weight.back() + smoothing / static_cast<double>(C) * total);
-      if (p.weight != nullptr) class_weight_f.push_back(static_cast<float>(weight));
-    }
-    one_hot_weight.push_back(0);
-    smoothing_weight.push_back(0);
-    softmax_weight.push_back(0);
-    if (p.weight != nullptr || smoothing != 0) {
-      one_hot_weight_f.assign(one_hot_weight.begin(), one_hot_weight.end());
-      softmax_weight_f.assign(softmax_weight.begin(), softmax_weight.end());
-    }
-    if (smoothing != 0) {
-      smoothing_weight_f.assign(smoothing_weight.begin(), smoothing_weight.end());
-    }
-  }
+        weights(p.weight, C, p.label_smoothing) {}
 };
 
 struct Totals {
@@ -197,10 +174,10 @@ class Worker {
       if (p_.upstream != nullptr) group_.upstream = upstream_.data();
     }
     const auto pointer = [](const std::vector<float>& v) { return v.empty() ? nullptr : v.data(); };
-    group_.softmax_weight = pointer(plan_.softmax_weight_f);
-    group_.one_hot_weight = pointer(plan_.one_hot_weight_f);
-    group_.smoothing_weight = pointer(plan_.smoothing_weight_f);
-    group_.class_weight = pointer(plan_.class_weight_f);
+    group_.softmax_weight = pointer(plan_.weights.softmax_r);
+    group_.one_hot_weight = pointer(plan_.weights.one_hot_r);
+    group_.smoothing_weight = pointer(plan_.weights.smoothing_r);
+    group_.class_weight = pointer(plan_.weights.class_weight_r);
     group_.gradient = gradient_;
     group_.loss_map_pitch = plan_.W;
     const int64_t record = 4 * plan_.kernel.lanes;
@@ -268,21 +245,12 @@ class Worker {
   void load_labels(int64_t y, int R) {
     for (int r = 0; r < R; ++r) {
       int32_t* out = labels_.data() + r * label_pitch_;
-      const int64_t at = (n_ * plan_.H + y + r) * plan_.W;
       const Labels& target = p_.target;
-      int64_t bad = 0;
-      if (target.type == LabelType::kUInt8) {
-        bad = plan_.kernel.labels_uint8(static_cast<const uint8_t*>(target.data) + at, plan_.W,
-                                        plan_.C, p_.ignore_index, out);
-      } else if (target.type == LabelType::kInt32) {
-        bad = plan_.kernel.labels_int32(static_cast<const int32_t*>(target.data) + at, plan_.W,
-                                        plan_.C, p_.ignore_index, out);
-      } else {
-        bad = plan_.kernel.labels_int64(static_cast<const int64_t*>(target.data) + at, plan_.W,
-                                        plan_.C, p_.ignore_index, out);
-      }
+      const int64_t bad =
+          plan_.kernel.labels(target, n_ * plan_.H + y + r, plan_.C, p_.ignore_index, out);
       if (bad != 0) {
-        totals_->report.bad.append_row(target, plan_.C, p_.ignore_index, bad, n_, y + r);
+        totals_->report.bad.merge(
+            BadLabel::in_row(target, plan_.C, p_.ignore_index, bad, n_, y + r));
       }
       if (p_.upstream != nullptr) {
         Real* upstream = upstream_.data() + r * label_pitch_;
@@ -373,9 +341,9 @@ class Worker {
       const bool valid = label != C;
       double loss = 0;
       if (valid) {
-        loss = plan_.one_hot_weight[label] * (log_sum - z[label]);
-        if (plan_.smoothing != 0) {
-          for (int64_t c = 0; c < C; ++c) loss += plan_.smoothing_weight[c] * (log_sum - z[c]);
+        loss = plan_.weights.one_hot[label] * (log_sum - z[label]);
+        if (plan_.weights.label_smoothing != 0) {
+          for (int64_t c = 0; c < C; ++c) loss += plan_.weights.smoothing[c] * (log_sum - z[c]);
         }
         totals_->loss += loss;
         totals_->weight += p_.weight != nullptr ? p_.weight[label] : 1.0;
@@ -388,9 +356,9 @@ class Worker {
       double* const top_gradient = exact_gradient_[0].data();
       double* const bottom_gradient = exact_gradient_[sy.i1 == sy.i0 ? 0 : 1].data();
       for (int64_t c = 0; c < C; ++c) {
-        double d = plan_.softmax_weight[label] * (probability[c] / total);
-        if (valid) d -= plan_.smoothing_weight[c];
-        if (c == label) d -= plan_.one_hot_weight[label];
+        double d = plan_.weights.softmax[label] * (probability[c] / total);
+        if (valid) d -= plan_.weights.smoothing[c];
+        if (c == label) d -= plan_.weights.one_hot[label];
         d *= upstream;
         top_gradient[left + c] += y0 * x0 * d;
         top_gradient[right + c] += y0 * x1 * d;
@@ -493,7 +461,7 @@ UpsampleCrossEntropyReport run(const Plan& plan, const ParallelFor& parallel_for
     all.loss += part.loss;
     all.weight += part.weight;
     all.valid += part.valid;
-    all.report.bad.append(part.report.bad);
+    all.report.bad.merge(part.report.bad);
     all.report.tiles += part.report.tiles;
     all.report.direct_tiles += part.report.direct_tiles;
     all.report.exact_rows += part.report.exact_rows;

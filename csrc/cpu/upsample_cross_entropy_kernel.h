@@ -27,6 +27,8 @@
 // every kRestart phases, which bounds the error of u and v. One-hot moments are counted in four
 // 16-bit fields; kMaxRows x kMaxPhases pixels cannot overflow them.
 
+#include "read_labels.h"
+
 namespace fcnseg {
 namespace FCNSEG_ISA {
 namespace cross_entropy {
@@ -44,7 +46,7 @@ constexpr float kLn2 = 0.69314718055994531f;
 #define FCNSEG_UNROLL _Pragma("GCC unroll 8")
 #endif
 
-// ---- rows of logits and labels ----
+// ---- rows of logits ----
 
 inline bool shift_row(float* row, int64_t C, int64_t pitch, int64_t vectors, float* maximum,
                       float* lowest_of_vector) {
@@ -76,21 +78,6 @@ inline bool shift_row(float* row, int64_t C, int64_t pitch, int64_t vectors, flo
     regular &= lowest_of_vector[v] >= -kExactRange;
   }
   return regular;
-}
-
-template <typename Label>
-inline int64_t read_labels(const Label* labels, int64_t W, int64_t C, int64_t ignore,
-                           int32_t* out) {
-  int64_t bad = 0;
-  const int32_t none = static_cast<int32_t>(C);
-  for (int64_t x = 0; x < W; ++x) {
-    const int64_t label = static_cast<int64_t>(labels[x]);
-    const bool inside = static_cast<uint64_t>(label) < static_cast<uint64_t>(C);
-    const bool skip = label == ignore;
-    out[x] = inside & !skip ? static_cast<int32_t>(label) : none;
-    bad += !inside & !skip;
-  }
-  return bad;
 }
 
 // ---- one tile ----
@@ -776,13 +763,7 @@ inline void process(RowGroup& g) {
 #undef FCNSEG_UNROLL
 
 inline RowKernel kernel(const char* name) {
-  return {name,
-          kLanes,
-          &shift_row,
-          &process,
-          &read_labels<uint8_t>,
-          &read_labels<int32_t>,
-          &read_labels<int64_t>};
+  return {name, kLanes, &shift_row, &process, &read_label_row};
 }
 
 }  // namespace cross_entropy

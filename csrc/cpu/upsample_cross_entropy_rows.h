@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "logits.h"
+
 namespace fcnseg {
 
 constexpr int kMaxRows = 8;     // output rows in one call
@@ -86,10 +88,8 @@ struct RowKernel {
   bool (*shift_row)(float* row, int64_t C, int64_t pitch, int64_t vectors, float* maximum,
                     float* lowest);
   void (*process)(RowGroup& group);
-  // Labels of one row as int32, C where ignored or bad; returns the number of bad ones.
-  int64_t (*labels_uint8)(const uint8_t*, int64_t W, int64_t C, int64_t ignore, int32_t* out);
-  int64_t (*labels_int32)(const int32_t*, int64_t W, int64_t C, int64_t ignore, int32_t* out);
-  int64_t (*labels_int64)(const int64_t*, int64_t W, int64_t C, int64_t ignore, int32_t* out);
+  // Labels of a row as int32, C where ignored or bad; returns the number of bad ones.
+  int64_t (*labels)(const Labels&, int64_t row, int64_t C, int64_t ignore, int32_t* out);
 };
 
 }  // namespace fcnseg
