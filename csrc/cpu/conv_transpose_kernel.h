@@ -44,10 +44,7 @@ inline void multiply_block(const Product<float>& g, int64_t row, int64_t column)
   FCNSEG_UNROLL
   for (int m = 0; m < M; ++m) {
     FCNSEG_UNROLL
-    for (int v = 0; v < V; ++v) {
-      sum[m][v] =
-          g.start != nullptr ? splat(g.start[row + m]) : load(g.c[row + m] + column + v * kLanes);
-    }
+    for (int v = 0; v < V; ++v) sum[m][v] = splat(g.start != nullptr ? g.start[row + m] : 0.f);
   }
   const float* a[M];
   for (int m = 0; m < M; ++m) a[m] = g.a + (row + m) * g.a_row;
@@ -64,9 +61,12 @@ inline void multiply_block(const Product<float>& g, int64_t row, int64_t column)
     }
   }
   FCNSEG_UNROLL
-  for (int m = 0; m < M; ++m) {
+  for (int m = 0; m < M; ++m) {  // one after the other: rows may overlap
+    float* c = g.c[row + m] + column;
     FCNSEG_UNROLL
-    for (int v = 0; v < V; ++v) store(g.c[row + m] + column + v * kLanes, sum[m][v]);
+    for (int v = 0; v < V; ++v) {
+      store(c + v * kLanes, g.start != nullptr ? sum[m][v] : load(c + v * kLanes) + sum[m][v]);
+    }
   }
 }
 

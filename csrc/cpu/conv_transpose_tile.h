@@ -9,6 +9,7 @@
 namespace fcnseg {
 
 // c[m][n] (+)= sum_k a[m][k] b[k][n]; rows of b and c by pointer, n a multiple of the lanes.
+// Rows that are added to may overlap.
 template <typename Real>
 struct Product {
   int64_t rows, columns, inner;
