@@ -1,0 +1,68 @@
+"""conv_transpose_argmax against F.conv_transpose2d + argmax, on the CPU.
+
+python benchmarks/bench_conv_transpose_argmax.py [--cases CASE ...]     (see harness.py)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench_conv_transpose_cross_entropy import STANDARD, Case
+from harness import PAGE_KEEPING, Mode, main, require_compiled, time_case
+from torch import Tensor
+
+import fcnseg
+
+CASES = {
+    "grouped, 19 classes": Case(*STANDARD),
+    "full, 19 classes": Case(*STANDARD, grouped=False),
+    "grouped, 150 classes": Case((2, 150, 64, 64), (512, 512)),
+    "grouped, stride 32": Case((2, 19, 16, 32), (512, 1024)),
+}
+SUMMARY = list(CASES)[:1]
+
+
+def implementation(name: str, case: Case) -> Callable[[], Tensor]:
+    """Labels, int64."""
+    input, weight, bias, _ = case.operands()
+    if name == "fused":
+        return lambda: fcnseg.conv_transpose_argmax(input, weight, case.size, bias, **case.geometry)
+    return lambda: F.conv_transpose2d(input, weight, bias, **case.geometry).argmax(1)
+
+
+def check(case: Case) -> None:
+    """Before anything is timed."""
+    labels = implementation("fused", case)()
+    input, weight, bias, _ = case.operands()
+    for n in range(len(input)):
+        z = F.conv_transpose2d(
+            input[n : n + 1].double(), weight.double(), bias.double(), **case.geometry
+        )
+        chosen = z.gather(1, labels[n][None, None])[:, 0]
+        assert (z.amax(1) - chosen <= 1e-5 * z.abs().max()).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["eager", "fused"])
+def test_time(benchmark: Any, case: str, name: str) -> None:
+    require_compiled("conv_transpose_argmax")
+    torch.set_num_threads(2)
+    if name == "fused":
+        check(CASES[case])
+    time_case(benchmark, implementation(name, CASES[case]), case, name)
+
+
+if __name__ == "__main__":
+    main(
+        __file__,
+        [
+            Mode("", ["eager", "fused"], list(CASES)),
+            Mode("eager with page-keeping malloc", ["eager"], list(CASES), PAGE_KEEPING),
+        ],
+        ["eager", "eager with page-keeping malloc"],
+        list(CASES),
+    )
