@@ -774,6 +774,7 @@ def _setup_upsample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.reduction = reduction
     ctx.options = (ignore_index, *options)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros of the gradient's size for it
     saved = (logits, target, weight) if reduction == "none" else (output[1], logits)
     ctx.save_for_backward(*saved)
 
@@ -797,6 +798,7 @@ def _setup_conv_transpose(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.reduction = reduction
     ctx.options = (*conv, ignore_index, label_smoothing, compute_grad)
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros of the gradients' sizes for them
     none = reduction == "none"
     saved = (
         (input, weight, target, bias, class_weight) if none else (*output[1:], *inputs[:2], bias)
