@@ -1,5 +1,7 @@
 """The compiled CPU kernels: instruction sets, threads, odd cells, ranges, ties, memory, sizes.
 
+``test_conv_transpose_kernels.py`` is its second half: the transposed convolution.
+
 Every test but the last ones runs on the instruction set of this process;
 ``test_instruction_set`` runs the file again on each of the others.
 """
@@ -321,7 +323,7 @@ def test_any_problem(data):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_instruction_set(capability):
-    """This file on each instruction set of this machine."""
+    """This file and its second half on each instruction set of this machine."""
     if "FCNSEG_CPU_CAPABILITY" in os.environ:
         pytest.skip("an instruction set is forced already")
     probe = run(
@@ -334,7 +336,8 @@ def test_instruction_set(capability):
     if capability == fcnseg.build_info()["cpu_capability"]:
         return  # what this process runs on
     finished = run(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__,
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow",
+        __file__, str(Path(__file__).with_name("test_conv_transpose_kernels.py")),
         "-k", "not instruction_set and not memory and not sizes", capability=capability,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]

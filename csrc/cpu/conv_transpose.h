@@ -43,16 +43,11 @@ struct ConvTransposeCrossEntropy {
   int64_t upstream_n, upstream_h, upstream_w;
 };
 
-struct ConvTransposeReport {
-  BadLabel bad;        // where bad.count is not zero, the outputs mean nothing
-  bool exact = false;  // the double path ran
-};
+// Where bad labels are counted the outputs mean nothing.
+BadLabel conv_transpose_cross_entropy(const ConvTransposeCrossEntropy& problem,
+                                      const ParallelFor& parallel_for);
 
-ConvTransposeReport conv_transpose_cross_entropy(const ConvTransposeCrossEntropy& problem,
-                                                 const ParallelFor& parallel_for);
-
-// `make_sink` is called once per range of work, possibly from several threads. Where the input
-// turns out to need the double path, rows may be taken twice; the second time counts.
+// `make_sink` is called once per range of work, possibly from several threads.
 void conv_transpose_argmax(const ConvTranspose& problem, const ParallelFor& parallel_for,
                            const std::function<std::unique_ptr<LabelSink>()>& make_sink);
 

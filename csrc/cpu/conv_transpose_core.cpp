@@ -16,7 +16,6 @@
 // runs the same schedule with eager's formulas in double, so that NaN and infinities come out.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -121,8 +120,6 @@ void add_sums(const double* z, int64_t C, int64_t size, double* sums) {
   for (int64_t i = 0; i < C * size; ++i) sums[i / size] += z[i];
 }
 
-bool within(const double*, int64_t, double) { return true; }
-
 }  // namespace exact
 
 ConvTransposeKernel<double> kernel_of(Capability capability, double) {
@@ -133,7 +130,6 @@ ConvTransposeKernel<double> kernel_of(Capability capability, double) {
           &exact::softmax,
           &exact::argmax,
           &exact::add_sums,
-          &exact::within,
           kernel_of(capability, 0.f).labels};
 }
 
@@ -289,7 +285,7 @@ struct Plan {
       for (int64_t row = 0; row < down; ++row) result.push_back({row, column});
       if (depthwise && down % 2 != 0) result.push_back({-1, column});
     }
-    while (depthwise && result.size() % 4 != 0) result.push_back({-1, 0});
+    while (depthwise && (result.empty() || result.size() % 4 != 0)) result.push_back({-1, 0});
     return result;
   }
   // Length of a row of packed weights.
@@ -338,29 +334,20 @@ struct Pass {
   std::vector<int64_t> inner, offset;    // of each chunk: length of a row, place in `weight`
   int64_t size = 0;
   Buffer<Real> weight;
-  Real greatest = 0;  // of |weight|; NaN where one is not finite
 
   Pass(const Plan<Real>& plan, int64_t fy, int64_t begin, int64_t end,
        const ParallelFor& parallel_for)
       : fy(fy), begin(begin), end(end), weight(measure(plan)) {
-    std::vector<Real> greatest_of(plan.C, 0);
     with_type(plan.p.input.dtype, [&](auto type) {
       const auto* source = static_cast<const decltype(type)*>(plan.p.weight);
       parallel_for(plan.C, [&](int64_t first, int64_t last) {
         for (int64_t c = first; c < last; ++c) {
-          Real largest = 0, zero = 0;
           for_each_weight(plan, c, plan.p.weight_stride, [&](int64_t packed, int64_t at) {
-            const Real value = static_cast<Real>(to_real(source[at]));
-            weight.data()[packed] = value;
-            largest = std::max(largest, std::abs(value));
-            zero += value * 0;
+            weight.data()[packed] = static_cast<Real>(to_real(source[at]));
           });
-          greatest_of[c] = largest + zero;
         }
       });
     });
-    for (const Real each : greatest_of)
-      greatest = each > greatest || each != each ? each : greatest;
   }
 
   // Calls with the packed place of each weight of class c, and its place in a tensor of `strides`.
@@ -410,14 +397,12 @@ struct Totals {
 template <typename Real, typename Out>
 class Worker {
  public:
-  // x_limit: the greatest |input| that the fp32 path takes.
   Worker(const Plan<Real>& plan, const Pass<Real>& pass, const LossWeights<Real>* weights,
-         Real x_limit, LabelSink* sink)
+         LabelSink* sink)
       : plan_(plan),
         pass_(pass),
         loss_(plan.loss),
         weights_(weights),
-        x_limit_(x_limit),
         sink_(sink),
         transposed_(plan.to_weight && !plan.depthwise),
         base_(plan.chunks[pass.begin].first),
@@ -447,15 +432,14 @@ class Worker {
   }
 
   // The items of a unit. `sums`: packed, its sum of the weights' gradient. `halos`: of all items.
-  // False where the fp32 path must not go on.
-  bool run_unit(int64_t unit, Real* sums, Out* halos, Totals& totals) {
+  void run_unit(int64_t unit, Real* sums, Out* halos, Totals& totals) {
     totals_ = &totals;
     totals.bias.resize(plan_.C);
     sums_ = sums;
     const int64_t end = std::min(plan_.items, (unit + 1) * plan_.items_per_unit);
     for (int64_t item = unit * plan_.items_per_unit; item < end; ++item) {
       Out* const halo = halos + item * (plan_.slots - 1) * plan_.C_in * plan_.p.input.w;
-      if (!run_item(item, halo)) return false;
+      run_item(item, halo);
     }
     if (lane_sums_.data() != nullptr && sums != nullptr) {
       const int lanes = plan_.kernel.lanes;
@@ -467,7 +451,6 @@ class Worker {
         std::fill(lane, lane + lanes, Real{0});
       }
     }
-    return true;
   }
 
  private:
@@ -483,7 +466,7 @@ class Worker {
     return most;
   }
 
-  bool run_item(int64_t item, Out* halo) {
+  void run_item(int64_t item, Out* halo) {
     n_ = item / plan_.items_per_image;
     const int64_t part = item % plan_.items_per_image;
     const int64_t begin = part * plan_.cells_per_item;
@@ -498,12 +481,11 @@ class Worker {
         if (row_of_[slot] < j + plan_.rows.first) finish_row(slot);
       }
       for (const auto& tap : plan_.rows.phases[pass_.fy]) {
-        if (inside(j + tap.offset) && !load_row(j + tap.offset)) return false;
+        if (inside(j + tap.offset)) load_row(j + tap.offset);
       }
       run_row(j, y);
     }
     for (int64_t slot = 0; slot < plan_.slots; ++slot) finish_row(slot);
-    return true;
   }
 
   bool inside(int64_t row) const { return row >= 0 && row < plan_.p.input.h; }
@@ -514,9 +496,9 @@ class Worker {
     return std::max(first_column(), std::min(plan_.p.input.w, plan_.column_first + plan_.pitch));
   }
 
-  bool load_row(int64_t i) {
+  void load_row(int64_t i) {
     const int64_t slot = i % plan_.slots;
-    if (row_of_[slot] == i) return true;
+    if (row_of_[slot] == i) return;
     row_of_[slot] = i;
     Logits view = plan_.p.input;
     view.w = end_column() - first_column();
@@ -530,7 +512,6 @@ class Worker {
       Real* const out = x_transposed_.data() + slot * plan_.C_in * plan_.pitch;
       read_row(view, n_, i, out + at * plan_.C_in, 1, plan_.C_in);
     }
-    return plan_.kernel.within(x, plan_.C_in * plan_.pitch, x_limit_);
   }
 
   // Adds the row's gradient to its place and clears it.
@@ -693,8 +674,9 @@ class Worker {
     int64_t slot, column;
   };
   Place place(int64_t j, const Chunk& chunk, const TapOf& tap) const {
+    if (tap.row < 0) return {-1, 0};
     const int64_t column = plan_.columns.phases[chunk.first][tap.column].offset;
-    const int64_t row = tap.row < 0 ? -1 : j + plan_.rows.phases[pass_.fy][tap.row].offset;
+    const int64_t row = j + plan_.rows.phases[pass_.fy][tap.row].offset;
     return {inside(row) ? row % plan_.slots : -1, column - plan_.column_first};
   }
 
@@ -806,7 +788,6 @@ class Worker {
   const Pass<Real>& pass_;
   const ConvTransposeCrossEntropy* const loss_;
   const LossWeights<Real>* const weights_;
-  const Real x_limit_;
   LabelSink* const sink_;
   const bool transposed_;
   const int64_t base_, phases_;          // of the columns, in this pass
@@ -834,38 +815,53 @@ class Worker {
 
 // ---- all of it ----
 
-// Inputs of a pass beyond this take the double path: sums stay finite below it.
-template <typename Real>
-Real input_limit(const Plan<Real>& plan, const Pass<Real>& pass) {
-  constexpr Real kGreatest = Real{1e37f};
-  Real bias = 0;
-  for (const Real each : plan.bias) bias = std::max(bias, std::abs(each));
-  int64_t inner = 1;
-  for (const auto& taps : pass.taps) inner = std::max<int64_t>(inner, taps.size() * plan.I);
-  return (kGreatest - bias) / (std::max(pass.greatest, Real{1e-30f}) * static_cast<Real>(inner));
+// The greatest |x|; infinite or NaN where one is.
+float greatest(const Logits& x, const ParallelFor& parallel_for) {
+  std::vector<int32_t> found(x.N * x.h, 0);  // as bits, whose order is that of the magnitudes
+  parallel_for(x.N * x.h, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(x.C * x.w);
+    for (int64_t i = begin; i < end; ++i) {
+      read_row(x, i / x.h, i % x.h, row.data(), x.w, 1);
+      int32_t most = 0;
+      for (const float value : row) {
+        int32_t bits;
+        std::memcpy(&bits, &value, 4);
+        most = std::max(most, bits & 0x7fffffff);
+      }
+      found[i] = most;
+    }
+  });
+  const int32_t most = found.empty() ? 0 : *std::max_element(found.begin(), found.end());
+  float value;
+  std::memcpy(&value, &most, 4);
+  return value;
 }
 
-// Whether a pass may run on the fp32 path at all.
-template <typename Real>
-bool regular(const Plan<Real>& plan, const Pass<Real>& pass) {
-  if (std::is_same_v<Real, double>) return true;
-  bool finite = std::isfinite(pass.greatest);
-  for (const Real each : plan.bias) finite &= std::abs(each) < 1e36f;
-  return finite;
+// Whether the fp32 path takes it: all values, and so all logits, are finite.
+bool regular(const ConvTranspose& p, const ParallelFor& parallel_for) {
+  if (p.input.dtype == DType::kDouble) return false;
+  const int64_t I = p.input.C / p.groups;
+  const int64_t* stride = p.weight_stride;
+  const Logits weight{p.weight,   p.input.dtype, p.input.C, p.C / p.groups, p.kernel_h,
+                      p.kernel_w, stride[0],     stride[1], stride[2],      stride[3]};
+  double bound = static_cast<double>(I * p.kernel_h * p.kernel_w) *
+                 greatest(p.input, parallel_for) * greatest(weight, parallel_for);
+  if (p.bias != nullptr) {
+    bound += greatest({p.bias, p.input.dtype, 1, p.C, 1, 1, 0, p.bias_stride, 0, 0}, parallel_for);
+  }
+  return bound <= 1e37;
 }
 
-// Calls `run_pass` for each pass; stops where it says false.
 template <typename Real, typename F>
-bool for_each_pass(const Plan<Real>& plan, const ParallelFor& parallel_for, F run_pass) {
+void for_each_pass(const Plan<Real>& plan, const ParallelFor& parallel_for, F run_pass) {
   const int64_t chunks = static_cast<int64_t>(plan.chunks.size());
   for (int64_t fy = 0; fy < plan.rows.count(); ++fy) {
     for (int64_t begin = 0; begin < chunks; begin += plan.chunks_per_pass) {
       const Pass<Real> pass(plan, fy, begin, std::min(chunks, begin + plan.chunks_per_pass),
                             parallel_for);
-      if (!regular(plan, pass) || !run_pass(pass)) return false;
+      run_pass(pass);
     }
   }
-  return true;
 }
 
 // Adds up the units' sums of a pass into the gradient of the weight.
@@ -956,10 +952,8 @@ void scale(void* data, int64_t size, double factor, const ParallelFor& parallel_
   });
 }
 
-// False where the fp32 path must not take it; then nothing that was written counts.
 template <typename Real, typename Out>
-bool run(const ConvTransposeCrossEntropy& problem, const ParallelFor& parallel_for,
-         ConvTransposeReport& report) {
+BadLabel run(const ConvTransposeCrossEntropy& problem, const ParallelFor& parallel_for) {
   const Plan<Real> plan(problem.conv, &problem);
   const LossWeights<Real> weights(problem.class_weight, plan.C, problem.label_smoothing);
   const int64_t input_size = plan.N * plan.C_in * plan.p.input.h * plan.p.input.w;
@@ -969,23 +963,19 @@ bool run(const ConvTransposeCrossEntropy& problem, const ParallelFor& parallel_f
   const int64_t halo_rows = plan.to_input ? plan.items * (plan.slots - 1) : 0;
   std::vector<Out> halos(halo_rows * plan.C_in * plan.p.input.w);
   std::vector<Totals> totals(plan.units);
-  const bool done = for_each_pass(plan, parallel_for, [&](const Pass<Real>& pass) {
+  for_each_pass(plan, parallel_for, [&](const Pass<Real>& pass) {
     const Buffer<Real> sums(plan.to_weight ? plan.units * pass.size : 0);
-    const Real limit = input_limit(plan, pass);
-    std::atomic<bool> regular{true};
     parallel_for(plan.units, [&](int64_t begin, int64_t end) {
-      Worker<Real, Out> worker(plan, pass, &weights, limit, nullptr);
-      for (int64_t unit = begin; unit < end && regular; ++unit) {
+      Worker<Real, Out> worker(plan, pass, &weights, nullptr);
+      for (int64_t unit = begin; unit < end; ++unit) {
         Real* const own = plan.to_weight ? sums.data() + unit * pass.size : nullptr;
-        if (!worker.run_unit(unit, own, halos.data(), totals[unit])) regular = false;
+        worker.run_unit(unit, own, halos.data(), totals[unit]);
       }
     });
-    if (regular && plan.to_weight) {
+    if (plan.to_weight) {
       write_weight_gradient<Real, Out>(plan, pass, sums.data(), parallel_for);
     }
-    return regular.load();
   });
-  if (!done) return false;
   Totals all;
   all.bias.resize(plan.C);
   for (const Totals& part : totals) {
@@ -995,8 +985,7 @@ bool run(const ConvTransposeCrossEntropy& problem, const ParallelFor& parallel_f
     all.bad.merge(part.bad);
     for (size_t c = 0; c < part.bias.size(); ++c) all.bias[c] += part.bias[c];
   }
-  report.bad = all.bad;
-  if (all.bad.count != 0) return true;
+  if (all.bad.count != 0) return all.bad;
   const bool mean = problem.reduction == Reduction::kMean;
   if (problem.reduction != Reduction::kNone) {
     *static_cast<Out*>(problem.loss) = static_cast<Out>(mean ? all.loss / all.weight : all.loss);
@@ -1010,47 +999,39 @@ bool run(const ConvTransposeCrossEntropy& problem, const ParallelFor& parallel_f
     static_cast<Out*>(problem.to_bias)[c] = static_cast<Out>(all.bias[c] * factor);
   }
   if constexpr (std::is_same_v<Real, double>) add_zero_times<Out>(plan);
-  return true;
+  return all.bad;
 }
 
 template <typename Real>
-bool run_argmax(const ConvTranspose& problem, const ParallelFor& parallel_for,
+void run_argmax(const ConvTranspose& problem, const ParallelFor& parallel_for,
                 const std::function<std::unique_ptr<LabelSink>()>& make_sink) {
   const Plan<Real> plan(problem, nullptr);
-  return for_each_pass(plan, parallel_for, [&](const Pass<Real>& pass) {
-    const Real limit = input_limit(plan, pass);
-    std::atomic<bool> regular{true};
+  for_each_pass(plan, parallel_for, [&](const Pass<Real>& pass) {
     parallel_for(plan.units, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<LabelSink> sink = make_sink();
-      Worker<Real, Real> worker(plan, pass, nullptr, limit, sink.get());
+      Worker<Real, Real> worker(plan, pass, nullptr, sink.get());
       Totals unused;
-      for (int64_t unit = begin; unit < end && regular; ++unit) {
-        if (!worker.run_unit(unit, nullptr, nullptr, unused)) regular = false;
+      for (int64_t unit = begin; unit < end; ++unit) {
+        worker.run_unit(unit, nullptr, nullptr, unused);
       }
     });
-    return regular.load();
   });
 }
 
 }  // namespace
 
-ConvTransposeReport conv_transpose_cross_entropy(const ConvTransposeCrossEntropy& problem,
-                                                 const ParallelFor& parallel_for) {
-  ConvTransposeReport report;
-  if (problem.conv.input.dtype == DType::kDouble) {
-    run<double, double>(problem, parallel_for, report);
-  } else if (!run<float, float>(problem, parallel_for, report)) {
-    report = {};
-    report.exact = true;
-    run<double, float>(problem, parallel_for, report);
-  }
-  return report;
+BadLabel conv_transpose_cross_entropy(const ConvTransposeCrossEntropy& problem,
+                                      const ParallelFor& parallel_for) {
+  if (problem.conv.input.dtype == DType::kDouble) return run<double, double>(problem, parallel_for);
+  if (regular(problem.conv, parallel_for)) return run<float, float>(problem, parallel_for);
+  return run<double, float>(problem, parallel_for);
 }
 
 void conv_transpose_argmax(const ConvTranspose& problem, const ParallelFor& parallel_for,
                            const std::function<std::unique_ptr<LabelSink>()>& make_sink) {
-  if (problem.input.dtype == DType::kDouble ||
-      !run_argmax<float>(problem, parallel_for, make_sink)) {
+  if (regular(problem, parallel_for)) {
+    run_argmax<float>(problem, parallel_for, make_sink);
+  } else {
     run_argmax<double>(problem, parallel_for, make_sink);
   }
 }

@@ -61,7 +61,7 @@ Gradients run(ConvTransposeCrossEntropy& problem, BadLabel& bad, const Tensor& i
   }
   if (options.compute_grad[1]) problem.to_weight = to_weight.mutable_data_ptr();
   if (options.compute_grad[2]) problem.to_bias = to_bias.mutable_data_ptr();
-  bad = conv_transpose_cross_entropy(problem, &parallel_for).bad;
+  bad = conv_transpose_cross_entropy(problem, &parallel_for);
   return {to_input, to_weight, to_bias};
 }
 

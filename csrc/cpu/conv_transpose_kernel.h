@@ -29,6 +29,8 @@ constexpr float kLn2 = 0.69314718055994531f;
 // Rows and vectors of a block of a product: its sums stay in registers.
 constexpr int kRows = 6;
 constexpr int kVectors = kLanes == 16 ? 4 : 2;
+// Terms in a row of a sum: longer ones lose accuracy, and cache.
+constexpr int64_t kInner = 128;
 
 #if defined(__clang__)
 #define FCNSEG_UNROLL _Pragma("unroll")
@@ -104,7 +106,7 @@ inline void multiply_columns(const Product<float>& g, int64_t column) {
   }
 }
 
-inline void multiply(const Product<float>& g) {
+inline void multiply_inner(const Product<float>& g) {
   for (int64_t column = 0; column < g.columns;) {
     const int64_t V = next_block((g.columns - column) / kLanes, kVectors);
     switch (V) {
@@ -124,6 +126,17 @@ inline void multiply(const Product<float>& g) {
 #endif
     }
     column += V * kLanes;
+  }
+}
+
+inline void multiply(const Product<float>& g) {
+  Product<float> part = g;
+  for (int64_t k = 0; k == 0 || k < g.inner; k += kInner) {
+    part.inner = g.inner - k < kInner ? g.inner - k : kInner;
+    part.a = g.a + k * g.a_inner;
+    part.b = g.b + k;
+    if (k > 0) part.start = nullptr;
+    multiply_inner(part);
   }
 }
 
@@ -394,21 +407,11 @@ inline void add_sums(const float* z, int64_t C, int64_t size, double* sums) {
   }
 }
 
-inline bool within(const float* x, int64_t size, float limit) {
-  Float greatest = splat(0.f), total = splat(0.f);
-  for (int64_t i = 0; i < size; i += kLanes) {
-    const Float value = load(x + i);
-    greatest = vmax(vmax(value, -value), greatest);
-    total += value * 0.f;  // NaN where it is not finite
-  }
-  return !any(greatest > limit) && !any(total != total);
-}
-
 #undef FCNSEG_UNROLL
 
 inline ConvTransposeKernel<float> kernel() {
-  return {kLanes,    &multiply, &depthwise_forward, &depthwise_backward, &softmax, &argmax,
-          &add_sums, &within,   &read_label_row};
+  return {kLanes,   &multiply, &depthwise_forward, &depthwise_backward,
+          &softmax, &argmax,   &add_sums,          &read_label_row};
 }
 
 }  // namespace conv_transpose

@@ -73,8 +73,6 @@ struct ConvTransposeKernel {
   void (*argmax)(const Real* z, int64_t C, int P, int64_t width, int32_t* labels, int64_t pitch);
   // sums[c] += the sum of z[c][0 .. size)
   void (*add_sums)(const Real* z, int64_t C, int64_t size, double* sums);
-  // Whether all |x[i]| <= limit; size a multiple of the lanes.
-  bool (*within)(const Real* x, int64_t size, Real limit);
   int64_t (*labels)(const Labels&, int64_t row, int64_t C, int64_t ignore, int32_t* out);
 };
 
