@@ -3,19 +3,23 @@
 ``python -m tests.compile_kernels`` prints one line per kernel, configuration and architecture and
 fails where a kernel spills, passes a ceiling, or holds a float atomic. ALL=1 compiles every
 configuration for every architecture; otherwise that is done for sm_70 and sm_90 and the others get
-one configuration per kernel. It runs in a process of its own: the interpreter of Triton, which the
-tests use, cannot compile.
+one configuration per kernel. An argument restricts it to the lines that hold it; JOBS sets the
+number of processes. It runs in processes of its own: the interpreter of Triton, which the tests
+use, cannot compile.
+
+A family of kernels adds its configurations by a generator in GENERATORS.
 """
 
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +145,7 @@ def _cross_entropy(arch: int) -> Iterator[Configuration]:
         yield name, kernel, arguments, 255
 
 
-def _gathers() -> Iterator[Configuration]:
+def _gathers(arch: int) -> Iterator[Configuration]:
     for mean in (True, False):
         kernel = upsample_cross_entropy._reduce_kernel
         arguments = _arguments(kernel, LABELS, MEAN=mean, BLOCK=1024)
@@ -158,7 +162,7 @@ def _gathers() -> Iterator[Configuration]:
     yield "record", kernel, _arguments(kernel, dtypes, HAS_INVALID=False, BLOCK=1024), 64
 
 
-def _argmax() -> Iterator[Configuration]:
+def _argmax(arch: int) -> Iterator[Configuration]:
     kernel = upsample_argmax._upsample_argmax_kernel
     cases = [
         ("fp32 x8 int64", torch.float32, torch.int64, Lanes(8, 4, 2, 1)),
@@ -174,7 +178,7 @@ def _argmax() -> Iterator[Configuration]:
         yield name, kernel, arguments | {"stride_w": 1}, 208
 
 
-def _confusion_matrix() -> Iterator[Configuration]:
+def _confusion_matrix(arch: int) -> Iterator[Configuration]:
     kernel = upsample_confusion_matrix._upsample_confusion_matrix_kernel
     dtypes = {
         "target_ptr": torch.int64, "matrix_ptr": torch.int64, "copies_ptr": torch.int32,
@@ -193,11 +197,16 @@ def _confusion_matrix() -> Iterator[Configuration]:
     yield "copies", kernel, _arguments(kernel, dtypes, BLOCK=256), 64
 
 
-def configurations(arch: int) -> Iterator[Configuration]:
-    yield from _cross_entropy(arch)
-    yield from _gathers()
-    yield from _argmax()
-    yield from _confusion_matrix()
+GENERATORS: list[Callable[[int], Iterator[Configuration]]] = [
+    _cross_entropy,
+    _gathers,
+    _argmax,
+    _confusion_matrix,
+]
+
+
+def configurations(arch: int) -> list[Configuration]:
+    return [configuration for generate in GENERATORS for configuration in generate(arch)]
 
 
 def compile_one(kernel: Any, arguments: dict[str, Any]) -> Any:
@@ -207,41 +216,55 @@ def compile_one(kernel: Any, arguments: dict[str, Any]) -> Any:
     return kernel.warmup(*values, grid=(1,), **options)
 
 
-def main() -> int:
-    failures = 0
-    every = os.environ.get("ALL", "0") not in ("", "0")
-    only = sys.argv[1] if len(sys.argv) > 1 else ""
+def compile_and_check(job: tuple[int, int]) -> tuple[str, bool]:
+    """The line about configuration ``index`` for ``arch``, and whether it is in order."""
+    arch, index = job
+    driver.set_active(FakeDriver(arch))
+    name, kernel, arguments, max_registers = configurations(arch)[index]
+    compiled = compile_one(kernel, arguments)
+    used = resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    problems = []
+    if used["stack"] or used["local"]:
+        problems.append("spills")
+    if used["registers"] > max_registers:
+        problems.append(f"more than {max_registers} registers")
+    if compiled.metadata.shared > MAX_SHARED:
+        problems.append(f"more than {MAX_SHARED} bytes of shared memory")
+    if FLOAT_ATOMIC.search(ptx):
+        problems.append("float atomic")
+    if arch < 80 and "mma." in ptx:
+        problems.append("matrix instruction")
+    line = (
+        f"sm_{arch:<4}{kernel.fn.__name__:<36}{name:<32}{used['registers']:>4} registers"
+        f"{compiled.metadata.shared:>7} B shared"
+        f"{used['stack'] + used['local']:>6} B spilled  {', '.join(problems) or 'ok'}"
+    )
+    return line, not problems
+
+
+def jobs(only: str, every: bool) -> Iterator[tuple[int, int]]:
     for arch in ARCHS:
-        driver.set_active(FakeDriver(arch))
         seen: set[str] = set()
-        for name, kernel, arguments, max_registers in configurations(arch):
+        for index, (name, kernel, _, _) in enumerate(configurations(arch)):
             kernel_name = kernel.fn.__name__
             if not every and arch not in ALL_CONFIGURATIONS and kernel_name in seen:
                 continue
-            if only not in f"{kernel_name} {name} {arch}":
-                continue
-            seen.add(kernel_name)
-            compiled = compile_one(kernel, arguments)
-            used = resources(compiled.asm["cubin"])
-            ptx = compiled.asm["ptx"]
-            problems = []
-            if used["stack"] or used["local"]:
-                problems.append("spills")
-            if used["registers"] > max_registers:
-                problems.append(f"more than {max_registers} registers")
-            if compiled.metadata.shared > MAX_SHARED:
-                problems.append(f"more than {MAX_SHARED} bytes of shared memory")
-            if FLOAT_ATOMIC.search(ptx):
-                problems.append("float atomic")
-            if arch == 70 and "mma." in ptx:
-                problems.append("matrix instruction")
-            failures += bool(problems)
-            print(
-                f"sm_{arch:<4}{kernel_name:<36}{name:<32}{used['registers']:>4} registers"
-                f"{compiled.metadata.shared:>7} B shared"
-                f"{used['stack'] + used['local']:>6} B spilled  {', '.join(problems) or 'ok'}",
-                flush=True,
-            )
+            if only in f"sm_{arch} {kernel_name} {name}":
+                seen.add(kernel_name)
+                yield arch, index
+
+
+def main() -> int:
+    every = os.environ.get("ALL", "0") not in ("", "0")
+    todo = list(jobs(sys.argv[1] if len(sys.argv) > 1 else "", every))
+    processes = int(os.environ.get("JOBS", os.cpu_count() or 1))
+    failures = 0
+    with multiprocessing.get_context("spawn").Pool(min(processes, len(todo))) as pool:
+        for line, good in pool.imap(compile_and_check, todo):
+            failures += not good
+            print(line, flush=True)
+    print(f"{len(todo)} compiled, {failures} failed")
     return min(failures, 1)
 
 
