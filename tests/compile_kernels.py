@@ -140,26 +140,30 @@ def _cross_entropy(arch: int) -> Iterator[Configuration]:
             changes == {"PER_PIXEL": True},
             arch,
         )
-        bits = 8 if num_classes < 255 else 16
-        arguments = _arguments(kernel, dtypes, BITS=bits, **plain, **lanes.constexprs()) | changes
+        arguments = _arguments(
+            kernel, dtypes, BITS=num_classes.bit_length(), **plain, **lanes.constexprs()
+        )
+        arguments |= changes
         yield name, kernel, arguments, 255
 
 
-def _gathers(arch: int) -> Iterator[Configuration]:
-    for mean in (True, False):
-        kernel = upsample_cross_entropy._reduce_kernel
-        arguments = _arguments(kernel, LABELS, MEAN=mean, BLOCK=1024)
-        yield "mean" if mean else "sum", kernel, arguments, 80
+def _finish(arch: int) -> Iterator[Configuration]:
     kernel = upsample_cross_entropy._finish_kernel
-    for name, stride_c in (("contiguous", 97), ("channels_last", 1)):
-        arguments = _arguments(kernel, {}, HAS_SCALE=True, CELLS=32, WIDE=False, BLOCK=512)
-        yield name, kernel, arguments | {"stride_c": stride_c}, 64
-    kernel = common._bad_label_kernel
-    dtypes = {
-        "count_ptr": torch.int32, "index_ptr": torch.int64, "target_ptr": torch.int64,
-        "record_ptr": torch.int64, "invalid_ptr": torch.int64,
-    }  # fmt: skip
-    yield "record", kernel, _arguments(kernel, dtypes, HAS_INVALID=False, BLOCK=1024), 64
+    dtypes = {**LABELS, "target_ptr": torch.int64, "record_ptr": torch.int64}
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("mean", {}),
+        ("mean channels_last", {"stride_c": 1}),
+        ("sum", {"MEAN": False}),
+        ("loss only", {"WITH_GRAD": False}),
+        ("none", {"SCALAR": False, "WITH_GRAD": False}),
+        ("none backward", {"SCALAR": False, "RECORD": False}),
+    ]
+    for name, changes in cases:
+        arguments = _arguments(
+            kernel, dtypes, SCALAR=True, MEAN=True, RECORD=True, WITH_GRAD=True, CELLS=32,
+            WIDE=False, PARTIALS=1024, BLOCK=512,
+        )  # fmt: skip
+        yield name, kernel, arguments | changes, 128
 
 
 def _argmax(arch: int) -> Iterator[Configuration]:
@@ -193,13 +197,18 @@ def _confusion_matrix(arch: int) -> Iterator[Configuration]:
                 **lanes.constexprs(),
             )  # fmt: skip
             yield f"C={num_classes} {str(logits)[6:]} x8", kernel, arguments, 255
-    kernel = upsample_confusion_matrix._add_copies_kernel
-    yield "copies", kernel, _arguments(kernel, dtypes, BLOCK=256), 64
+    kernel = upsample_confusion_matrix._gather_kernel
+    dtypes |= {"record_ptr": torch.int64, "invalid_ptr": torch.int64}
+    for has_copies in (True, False):
+        arguments = _arguments(
+            kernel, dtypes, HAS_COPIES=has_copies, HAS_INVALID=False, BLOCK=256, PARTIALS=1024
+        )
+        yield "copies" if has_copies else "record", kernel, arguments, 80
 
 
 GENERATORS: list[Callable[[int], Iterator[Configuration]]] = [
     _cross_entropy,
-    _gathers,
+    _finish,
     _argmax,
     _confusion_matrix,
 ]
