@@ -789,11 +789,19 @@ def _finish_kernel(
 
 
 def tuned_lanes(
-    geo: common.Geometry, num_classes: int, weighted_smoothing: bool, pixel_backward: bool,
-    capability: int,
-) -> common.Lanes:  # fmt: skip
-    """As many pixels a lane as its registers hold: a sum, then a factor, for each."""
-    return common.choose_lanes(geo, rows=8, columns=8)
+    geo: common.Geometry, num_classes: int, options: dict[str, bool], capability: int
+) -> common.Lanes:
+    """As many pixels a lane as its registers hold: a sum, then a factor, for each.
+
+    ``options``: HAS_WEIGHT, HAS_SMOOTHING, WITH_GRAD, PER_PIXEL as the kernel's. All but a scalar
+    loss of equal weights with its gradient take a logarithm or a load per pixel, and 16-bit labels
+    twice the words: 8 x 8 pixels would spill. So would 8 rows before Ampere.
+    """
+    scalar = options["WITH_GRAD"] and not options["PER_PIXEL"]
+    equal = not (options["HAS_WEIGHT"] or options["HAS_SMOOTHING"])
+    if scalar and equal and num_classes <= 255 and capability >= 75:
+        return common.choose_lanes(geo, rows=8, columns=8)
+    return common.choose_lanes(geo, rows=8 if capability >= 80 else 4, columns=4)
 
 
 def choose_band(images: int, h: int, w: int, cells: int, multiprocessors: int) -> int:
@@ -818,10 +826,12 @@ def _launch(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """(loss, gradient) of the kernel over cells and the one that gathers."""
     (N, C, h, w), (H, W) = logits.shape, target.shape[1:]
-    weighted_smoothing = weight is not None and label_smoothing > 0
-    arch = common.capability(logits.device)
+    options = {
+        "HAS_WEIGHT": weight is not None, "HAS_SMOOTHING": label_smoothing > 0,
+        "WITH_GRAD": with_grad, "PER_PIXEL": per_pixel,
+    }  # fmt: skip
     multiprocessors = common.multiprocessors(logits.device)
-    lanes = tuned_lanes(geo, C, weighted_smoothing, per_pixel and with_grad, arch)
+    lanes = tuned_lanes(geo, C, options, common.capability(logits.device))
     band_rows = choose_band(N, h, w, lanes.cells, multiprocessors) if with_grad else 1
     bands = triton.cdiv(h + 1, band_rows)
     cells = N * bands * (w + 1)
@@ -849,9 +859,8 @@ def _launch(
             *logits.stride(), *target.stride(),
             *((0, 0, 0) if upstream is None else upstream.stride()), *grad_strides,
             ignore_index, label_smoothing,
-            HAS_WEIGHT=weight is not None, HAS_SMOOTHING=label_smoothing > 0, ONE_CLASS=C == 1,
-            WITH_GRAD=with_grad, PER_PIXEL=per_pixel, BITS=C.bit_length(),
-            WIDE=cells + lanes.cells >= 2**31, **lanes.constexprs(),
+            ONE_CLASS=C == 1, BITS=C.bit_length(), WIDE=cells + lanes.cells >= 2**31, **options,
+            **lanes.constexprs(),
         )  # fmt: skip
         block, total = 512, logits.numel() if with_grad else 0
         blocks = triton.cdiv(total, block)

@@ -108,42 +108,42 @@ def _geometry(factor: float) -> common.Geometry:
 
 def _cross_entropy(arch: int) -> Iterator[Configuration]:
     kernel = upsample_cross_entropy._upsample_cross_entropy_kernel
-    plain = {
-        "HAS_WEIGHT": False, "HAS_SMOOTHING": False, "ONE_CLASS": False, "WITH_GRAD": True,
-        "PER_PIXEL": False, "WIDE": False,
-    }  # fmt: skip
+    mean = {"HAS_WEIGHT": False, "HAS_SMOOTHING": False, "WITH_GRAD": True, "PER_PIXEL": False}
     fp32, int64 = torch.float32, torch.int64
     cases: list[tuple[str, torch.dtype, torch.dtype, dict[str, bool], float, int]] = [
-        ("mean fp32 x8", fp32, int64, {}, 8, 19),
-        ("mean fp16 x8", torch.float16, int64, {}, 8, 19),
-        ("mean bf16 x8 uint8", torch.bfloat16, torch.uint8, {}, 8, 19),
-        ("mean fp32 x4", fp32, int64, {}, 4, 19),
-        ("mean fp32 x16", fp32, int64, {}, 16, 21),
-        ("mean fp32 x32", fp32, int64, {}, 32, 21),
-        ("mean fp32 down", fp32, int64, {}, 0.5, 19),
+        ("mean fp32 x8 C=19", fp32, int64, {}, 8, 19),
+        ("mean fp16 x8 C=19", torch.float16, int64, {}, 8, 19),
+        ("mean bf16 x8 C=19 uint8", torch.bfloat16, torch.uint8, {}, 8, 19),
+        ("mean fp32 x8 C=19 int32", fp32, torch.int32, {}, 8, 19),
+        ("mean fp32 x4 C=19", fp32, int64, {}, 4, 19),
+        ("mean fp32 x16 C=21", fp32, int64, {}, 16, 21),
+        ("mean fp32 x32 C=21", fp32, int64, {}, 32, 21),
+        ("mean fp32 x2.25 C=19", fp32, int64, {}, 2.25, 19),
+        ("mean fp32 down C=19", fp32, int64, {}, 0.5, 19),
+        ("mean fp32 x8 C=1", fp32, int64, {}, 8, 1),
         ("mean fp32 x8 C=150", fp32, int64, {}, 8, 150),
+        ("mean fp16 x8 C=171", torch.float16, int64, {}, 8, 171),
         ("mean fp32 x8 C=1000", fp32, int64, {}, 8, 1000),
-        ("mean fp32 x8 weight", fp32, int64, {"HAS_WEIGHT": True}, 8, 19),
-        ("mean fp32 x8 smoothing", fp32, int64, {"HAS_SMOOTHING": True}, 8, 19),
-        ("mean fp32 x8 weight smoothing", fp32, int64,
-         {"HAS_WEIGHT": True, "HAS_SMOOTHING": True}, 8, 19),
-        ("loss only fp32 x8", fp32, int64, {"WITH_GRAD": False}, 8, 19),
-        ("none fp32 x8", fp32, int64, {"PER_PIXEL": True, "WITH_GRAD": False}, 8, 19),
-        ("none backward fp32 x8", fp32, int64, {"PER_PIXEL": True}, 8, 19),
+        ("mean fp32 x8 C=19 weight", fp32, int64, {"HAS_WEIGHT": True}, 8, 19),
+        ("mean fp32 x8 C=19 smoothing", fp32, int64, {"HAS_SMOOTHING": True}, 8, 19),
+        ("mean fp32 x8 C=1000 both", fp32, int64,
+         {"HAS_WEIGHT": True, "HAS_SMOOTHING": True}, 8, 1000),
+        ("loss only fp32 x8 C=19", fp32, int64, {"WITH_GRAD": False}, 8, 19),
+        ("none fp32 x8 C=19", fp32, int64, {"PER_PIXEL": True, "WITH_GRAD": False}, 8, 19),
+        ("none fp32 x8 C=19 both", fp32, int64,
+         {"PER_PIXEL": True, "WITH_GRAD": False, "HAS_WEIGHT": True, "HAS_SMOOTHING": True}, 8, 19),
+        ("none backward fp32 x8 C=19", fp32, int64, {"PER_PIXEL": True}, 8, 19),
+        ("none backward fp32 x8 C=1000 both", fp32, int64,
+         {"PER_PIXEL": True, "HAS_WEIGHT": True, "HAS_SMOOTHING": True}, 8, 1000),
     ]  # fmt: skip
     for name, logits, labels, changes, factor, num_classes in cases:
         dtypes = {**LABELS, "logits_ptr": logits, "target_ptr": labels}
-        lanes = upsample_cross_entropy.tuned_lanes(
-            _geometry(factor),
-            num_classes,
-            "HAS_WEIGHT" in changes and "HAS_SMOOTHING" in changes,
-            changes == {"PER_PIXEL": True},
-            arch,
-        )
+        options = mean | changes
+        lanes = upsample_cross_entropy.tuned_lanes(_geometry(factor), num_classes, options, arch)
         arguments = _arguments(
-            kernel, dtypes, BITS=num_classes.bit_length(), **plain, **lanes.constexprs()
-        )
-        arguments |= changes
+            kernel, dtypes, ONE_CLASS=num_classes == 1, BITS=num_classes.bit_length(), WIDE=False,
+            **options, **lanes.constexprs(),
+        )  # fmt: skip
         yield name, kernel, arguments, 255
 
 
