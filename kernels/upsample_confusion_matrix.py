@@ -40,7 +40,7 @@ PROGRAMS = 2048  # enough for 16 on each multiprocessor of the largest device
 COPIES = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*common.SIZES, "stride_target_w"])
 def _upsample_confusion_matrix_kernel(
     logits_ptr, target_ptr, matrix_ptr, copies_ptr, bad_count_ptr, bad_index_ptr,
     cells, tiles, C, h, w, H, W, step_h, inverse_h, step_w, inverse_w, half,

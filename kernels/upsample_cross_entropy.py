@@ -60,6 +60,9 @@ from fcnseg.kernels.common import (
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SPREAD = tl.constexpr(32.0)  # natural units: e^32 = 2^46; float32 holds 2^-126
+PIXEL_STRIDES = [
+    f"stride_{name}_{axis}" for name in ("target", "upstream", "loss") for axis in "nhw"
+]
 
 
 @triton.jit
@@ -228,7 +231,9 @@ def _add_to_cells(
     tl.store(next_border_ptr, lower_left, mask=mask_border)
 
 
-@triton.jit
+# A specialised stride of 1 would show the compiler contiguous columns: it would deal them to lanes to
+# coalesce loads, and each sum over the columns of a cell would become an exchange.
+@triton.jit(do_not_specialize=common.SIZES + PIXEL_STRIDES)
 def _upsample_cross_entropy_kernel(
     logits_ptr, target_ptr, weight_ptr, upstream_ptr, pixel_loss_ptr,
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, grad_ptr, top_ptr, border_ptr,
@@ -236,6 +241,7 @@ def _upsample_cross_entropy_kernel(
     stride_logits_n, stride_logits_c, stride_logits_h, stride_logits_w,
     stride_target_n, stride_target_h, stride_target_w,
     stride_upstream_n, stride_upstream_h, stride_upstream_w,
+    stride_loss_n, stride_loss_h, stride_loss_w,
     stride_grad_n, stride_grad_c, stride_grad_h, stride_grad_w,
     ignore_index, smoothing,
     HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr, ONE_CLASS: tl.constexpr,
@@ -377,7 +383,8 @@ def _upsample_cross_entropy_kernel(
                         upstream = tl.where(bad, float("nan"), upstream)
                     else:
                         pixel_loss = tl.where(bad, float("nan"), pixel_loss)
-                        tl.store(pixel_loss_ptr + flat, pixel_loss, mask=here)
+                        offs = (n * stride_loss_n + y * stride_loss_h)[None, :] + x * stride_loss_w
+                        tl.store(pixel_loss_ptr + offs, pixel_loss, mask=here)
                 else:
                     loss += tl.sum(pixel_loss, 0)
                     denominator += tl.sum(own, 0)
@@ -468,7 +475,9 @@ def _upsample_cross_entropy_kernel(
                                 if PER_PIXEL:
                                     loss_here = tl.where(bad, float("nan"), 0.0)
                                     unlabelled = here & (label < 0)
-                                    tl.store(pixel_loss_ptr + flat, loss_here, mask=unlabelled)
+                                    offs = (n * stride_loss_n + y * stride_loss_h)[None, :]
+                                    offs += x * stride_loss_w
+                                    tl.store(pixel_loss_ptr + offs, loss_here, mask=unlabelled)
                         words = words + (word,)
 
                 # pass 1 (eq. 2)
@@ -500,7 +509,7 @@ def _upsample_cross_entropy_kernel(
 
                 # Equal weights: one logarithm of the product of the sums, whose exponents are
                 # added apart so that it stays in range.
-                ONE_LOG: tl.constexpr = WITH_GRAD and not (PER_PIXEL or HAS_WEIGHT)
+                ONE_LOG: tl.constexpr = not (PER_PIXEL or HAS_WEIGHT)
                 mantissa = tl.full([COLUMNS, BLOCK], 1.0, tl.float32)
                 exponent = tl.zeros([COLUMNS, BLOCK], tl.int32)
                 factors = ()  # u A / s of eq. 5
@@ -520,6 +529,13 @@ def _upsample_cross_entropy_kernel(
                         factor = kept * own + tl.where(valid, share * weight_sum, 0.0)
                     total = tl.where(valid, sums[r], 1.0)
                     y = (y0 + first_row + r).to(tl.int64)
+                    log_total = 0.0
+                    if ONE_LOG:
+                        fraction, power = _take_exponent(total)
+                        mantissa *= fraction
+                        exponent += power
+                    elif not (PER_PIXEL and WITH_GRAD):
+                        log_total = factor * tl.log2(total)
                     if not PER_PIXEL:
                         denominator += tl.sum(own, 0)
                     if not WITH_GRAD:
@@ -528,14 +544,15 @@ def _upsample_cross_entropy_kernel(
                             logits_ptr, corners, label, valid, stride_logits_c, shift, weight_x,
                             weight_y,
                         )  # fmt: skip
-                        pixel_loss = factor * tl.log2(total) - kept * own * z
+                        pixel_loss = log_total - kept * own * z
                         if HAS_SMOOTHING:
                             z = (z00[None, :], z01[None, :], z10[None, :], z11[None, :])
                             z = _interpolate(z, weight_x, weight_y)
                             pixel_loss -= tl.where(valid, share * z, 0.0)
                         if PER_PIXEL:
-                            flat = ((n * H + y) * W)[None, :] + x
-                            tl.store(pixel_loss_ptr + flat, pixel_loss * LN2, mask=valid)
+                            offs = (n * stride_loss_n + y * stride_loss_h)[None, :]
+                            offs += x * stride_loss_w
+                            tl.store(pixel_loss_ptr + offs, pixel_loss * LN2, mask=valid)
                         else:
                             loss_2 += tl.sum(pixel_loss, 0)
                     else:
@@ -546,12 +563,8 @@ def _upsample_cross_entropy_kernel(
                             upstream = upstream.to(tl.float32)
                             hots = hots + (kept * own * upstream,)
                             factor *= upstream
-                        elif ONE_LOG:
-                            fraction, power = _take_exponent(total)
-                            mantissa *= fraction
-                            exponent += power
-                        else:
-                            loss_2 += tl.sum(factor * tl.log2(total), 0)
+                        elif HAS_WEIGHT:
+                            loss_2 += tl.sum(log_total, 0)
                         valid_n += upstream
                         valid_r += upstream * r
                         inverse = tl.rsqrt(total)
@@ -801,7 +814,8 @@ def tuned_lanes(
     equal = not (options["HAS_WEIGHT"] or options["HAS_SMOOTHING"])
     if scalar and equal and num_classes <= 255 and capability >= 75:
         return common.choose_lanes(geo, rows=8, columns=8)
-    return common.choose_lanes(geo, rows=8 if capability >= 80 else 4, columns=4)
+    columns = 2 if options["PER_PIXEL"] and not options["WITH_GRAD"] else 4
+    return common.choose_lanes(geo, rows=8 if capability >= 80 else 4, columns=columns)
 
 
 def choose_band(images: int, h: int, w: int, cells: int, multiprocessors: int) -> int:
@@ -837,7 +851,7 @@ def _launch(
     cells = N * bands * (w + 1)
     tiles = triton.cdiv(cells, lanes.cells)
     float32 = {"dtype": torch.float32, "device": logits.device}
-    loss, denominator = torch.empty(2, tiles, **float32)
+    loss, denominator = torch.empty(tiles, **float32), torch.empty(tiles, **float32)
     bad_count = torch.empty(tiles, dtype=torch.int32, device=logits.device)
     bad_index = torch.empty(tiles, dtype=torch.int64, device=logits.device)
     result = torch.empty((N, H, W) if per_pixel and not with_grad else (), **float32)
@@ -857,7 +871,8 @@ def _launch(
             loss, denominator, bad_count, bad_index, grad, top, border,
             cells, bands, band_rows, C, h, w, H, W, *geo.axes,
             *logits.stride(), *target.stride(),
-            *((0, 0, 0) if upstream is None else upstream.stride()), *grad_strides,
+            *((0, 0, 0) if upstream is None else upstream.stride()),
+            *(result.stride() or (0, 0, 0)), *grad_strides,
             ignore_index, label_smoothing,
             ONE_CLASS=C == 1, BITS=C.bit_length(), WIDE=cells + lanes.cells >= 2**31, **options,
             **lanes.constexprs(),
