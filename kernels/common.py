@@ -71,8 +71,8 @@ def cell_axis(cell, samples, pixels, step, inverse_step, half):
     slope = tl.where(inside & (count > 1), step, 0.0)
     # Before the first sample the weight lies on sample 0; the other one still has weight 0, not no
     # part, as in the eager expression: 0 * inf is NaN there too.
-    first = tl.where(cell == 0, tl.minimum(1, samples - 1), cell - 1)
-    second = tl.minimum(cell, samples - 1)
+    first = tl.minimum(tl.where(cell == 0, 1, cell - 1), samples - 1)
+    second = tl.minimum(cell, samples - 1)  # a band may reach past the last cell
     return start, count, first, second, weight, slope
 
 

@@ -37,7 +37,8 @@ from fcnseg.kernels.upsample_argmax import best_classes, pixel_weights_x
 
 MAX_BINS = 1024  # of a program's histogram; a power of two above C * C
 PROGRAMS = 2048  # enough for 16 on each multiprocessor of the largest device
-COPIES = 32
+COPIES = 32  # fewer where they would hold more than COPIED_BINS in all
+COPIED_BINS = 2**22
 
 
 @triton.jit(do_not_specialize=[*common.SIZES, "stride_target_w"])
@@ -151,18 +152,19 @@ def upsample_confusion_matrix_forward_(
     bad_count, bad_index = torch.empty(2, programs, dtype=torch.int64, device=logits.device)
     size = bins(C)
     copies = matrix
+    num_copies = max(1, min(COPIES, COPIED_BINS // (C * C)))
     if size == 0:
         dtype = torch.int32 if target.numel() < 2**31 else torch.int64
-        copies = torch.zeros((COPIES, C, C), dtype=dtype, device=logits.device)
+        copies = torch.zeros((num_copies, C, C), dtype=dtype, device=logits.device)
     with common.device_of(logits):
         _upsample_confusion_matrix_kernel[(programs,)](
             logits, target, matrix, copies, bad_count, bad_index, cells, tiles, C, h, w, H, W,
-            *geo.axes, *logits.stride(), *target.stride(), *matrix.stride(), ignore_index, COPIES,
-            BINS=size, WIDE=cells + lanes.cells >= 2**31, **lanes.constexprs(),
+            *geo.axes, *logits.stride(), *target.stride(), *matrix.stride(), ignore_index,
+            num_copies, BINS=size, WIDE=cells + lanes.cells >= 2**31, **lanes.constexprs(),
         )  # fmt: skip
         kept = record if invalid is None else invalid
         _gather_kernel[(triton.cdiv(C * C, 256) if size == 0 else 1,)](
-            copies, matrix, COPIES, C, *matrix.stride(), bad_count, bad_index, programs, target,
+            copies, matrix, num_copies, C, *matrix.stride(), bad_count, bad_index, programs, target,
             kept, kept, H, W, *target.stride(), HAS_COPIES=size == 0,
             HAS_INVALID=invalid is not None, BLOCK=256, PARTIALS=1024,
         )  # fmt: skip

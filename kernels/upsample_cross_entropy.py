@@ -32,7 +32,9 @@ pixel's sum. Elsewhere, and for infinite or NaN samples, the plain path takes on
 pixel and class after the eager expression, so that NaN comes out where it does there. Offsets are
 int64.
 
-Operations per pixel and class on the path of eq. 2, sm_90, a lane of 8 x 8 pixels: OPCOUNT
+Instructions on the path of eq. 2, sm_90, a lane of 8 x 8 pixels (SASS): per class 29 in pass 0, 175
+in pass 1, 334 in pass 2 and 79 more for a class that a pixel of the program carries, that is 8.4 to
+9.7 per pixel and class, where eqs. 2 and 5 alone take 4; per pixel 39, of which 22 read the label.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, for the shift;
 torch.nn.functional.interpolate and cross_entropy for the expression.
@@ -231,8 +233,8 @@ def _add_to_cells(
     tl.store(next_border_ptr, lower_left, mask=mask_border)
 
 
-# A specialised stride of 1 would show the compiler contiguous columns: it would deal them to lanes to
-# coalesce loads, and each sum over the columns of a cell would become an exchange.
+# A specialised stride of 1 would show the compiler contiguous columns: it would deal them to lanes
+# to coalesce loads, and each sum over the columns of a cell would become an exchange.
 @triton.jit(do_not_specialize=common.SIZES + PIXEL_STRIDES)
 def _upsample_cross_entropy_kernel(
     logits_ptr, target_ptr, weight_ptr, upstream_ptr, pixel_loss_ptr,

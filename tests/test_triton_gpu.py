@@ -224,7 +224,7 @@ def test_bad_label_of_a_scalar_loss(bad: int) -> None:
 
 def test_bad_label_of_pixel_losses() -> None:
     logits, target = make_case(2, 5, 8, 8, 64, 64)
-    target[1, 30, 36] = 5  # between samples 3 and 4, downwards and across
+    target[1, 30, 36] = 5  # between samples 3 and 4 downwards, 4 and 5 across
     loss, gradient = fused(logits, target, reduction="none")
     assert loss.isnan().nonzero().tolist() == [[1, 30, 36]]
     expected = torch.zeros_like(gradient, dtype=torch.bool)
@@ -353,6 +353,7 @@ def test_memory_is_a_hundredth_of_eager() -> None:
         return torch.cuda.max_memory_allocated() - before
 
     peak(fcnseg.upsample_cross_entropy)  # compiles
+    # The gradient before and after it is multiplied by the upstream one: 2 / 64 of a plane.
     assert peak(fcnseg.upsample_cross_entropy) <= 0.0105 * peak(eager_loss)
 
 
@@ -452,7 +453,7 @@ def test_more_than_2_31_pixels() -> None:
     target[0, -1, -1] = 255
     loss, gradient = fused(logits, target)
     assert math.isclose(loss.item(), math.log(2), rel_tol=1e-5)
-    torch.testing.assert_close(gradient[:, 0], -gradient[:, 1])
+    torch.testing.assert_close(gradient[:, 0], -gradient[:, 1], rtol=1e-4, atol=0)
     assert (gradient[:, 1] != 0).all()
     target[0, -1, -1] = 7
     loss, _ = fused(logits, target)
