@@ -816,8 +816,7 @@ def tuned_lanes(
     equal = not (options["HAS_WEIGHT"] or options["HAS_SMOOTHING"])
     if scalar and equal and num_classes <= 255 and capability >= 75:
         return common.choose_lanes(geo, rows=8, columns=8)
-    columns = 2 if options["PER_PIXEL"] and not options["WITH_GRAD"] else 4
-    return common.choose_lanes(geo, rows=8 if capability >= 80 else 4, columns=columns)
+    return common.choose_lanes(geo, rows=8 if capability >= 80 else 4, columns=4)
 
 
 def choose_band(images: int, h: int, w: int, cells: int, multiprocessors: int) -> int:
@@ -847,7 +846,10 @@ def _launch(
         "WITH_GRAD": with_grad, "PER_PIXEL": per_pixel,
     }  # fmt: skip
     multiprocessors = common.multiprocessors(logits.device)
-    lanes = tuned_lanes(geo, C, options, common.capability(logits.device))
+    capability = common.capability(logits.device)
+    lanes = tuned_lanes(geo, C, options, capability)
+    # Before Ampere ptxas would rather spill a few registers than run fewer warps.
+    registers = {"maxnreg": 255} if capability < 80 else {}
     band_rows = choose_band(N, h, w, lanes.cells, multiprocessors) if with_grad else 1
     bands = triton.cdiv(h + 1, band_rows)
     cells = N * bands * (w + 1)
@@ -877,7 +879,7 @@ def _launch(
             *(result.stride() or (0, 0, 0)), *grad_strides,
             ignore_index, label_smoothing,
             ONE_CLASS=C == 1, BITS=C.bit_length(), WIDE=cells + lanes.cells >= 2**31, **options,
-            **lanes.constexprs(),
+            **lanes.constexprs(), **registers,
         )  # fmt: skip
         block, total = 512, logits.numel() if with_grad else 0
         blocks = triton.cdiv(total, block)
