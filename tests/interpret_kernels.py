@@ -17,9 +17,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 import torch
+import triton
 from kernel_cases import GEOMETRIES, LAYOUTS, PLAIN, Geometry, lay_out
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter
 
 from fcnseg import reference
 from fcnseg.kernels import common, upsample_confusion_matrix, upsample_cross_entropy
@@ -29,6 +31,21 @@ from fcnseg.kernels.upsample_cross_entropy import (
     upsample_cross_entropy_backward,
     upsample_cross_entropy_forward,
 )
+
+
+def _repair_triton_3_6() -> None:
+    """Before 3.7 the interpreter calls int() on arrays of one element; NumPy 2.4 refuses that."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if triton.__version__.startswith("3.6."):
+    _repair_triton_3_6()
 
 
 def make_record() -> Tensor:
