@@ -34,7 +34,10 @@ from torch import Tensor
 NO_INDEX = tl.constexpr(2**63 - 1)
 
 #: Arguments that Triton shall not specialise (1, multiples of 16): compile once for all sizes.
-SIZES = ["cells", "tiles", "bands", "band_rows", "h", "w", "H", "W", "ignore_index"]
+SIZES = [
+    "cells", "tiles", "partials", "blocks", "bands", "band_rows", "h", "w", "H", "W",
+    "ignore_index",
+]  # fmt: skip
 
 
 # --- device ---------------------------------------------------------------------------------------

@@ -700,52 +700,36 @@ def _gradient_scale(
 
 
 @triton.jit
-def _sample_sum(
-    grad_ptr, top_ptr, border_ptr, n, c, i, j, offs, mask, bands, band_rows, C, h, w,
-    CELLS: tl.constexpr,
+def _from_border(
+    border_ptr, row, index, j, c, mask, band_rows, C, w, CELLS: tl.constexpr
 ):  # fmt: skip
-    """All that the cells around sample (i, j) gave to it."""
-    value = tl.load(grad_ptr + offs, mask=mask, other=0.0)
-    band = i // band_rows
-    row = n * bands + band
-    # What is right of the sample is another program's where that cell is its first one.
-    cell = row * (w + 1) + j + 1
-    program_row = cell // CELLS * (band_rows + 1)
-    at = mask & (cell % CELLS == 0)
-    offs_border = (program_row + i - band * band_rows + 1) * C + c
-    value += tl.load(border_ptr + offs_border, mask=at, other=0.0)
-    # the first cell row of the next band
-    at = mask & ((i + 1) % band_rows == 0)
-    row += 1
-    cell += w + 1
-    value += tl.load(top_ptr + (row * C + c) * w + j, mask=at, other=0.0)
-    at = at & (cell % CELLS == 0)
-    offs_border = cell // CELLS * (band_rows + 1) * C + c
-    value += tl.load(border_ptr + offs_border, mask=at, other=0.0)
-    # Beyond the first sample the second one has weight 0 and still gets 0 * NaN, as in eager.
-    at = mask & (i == tl.minimum(1, h - 1))
-    row = n * bands
-    cell = row * (w + 1) + j + 1
-    value += tl.load(top_ptr + (row * C + c) * w + j, mask=at, other=0.0)
-    at = at & (cell % CELLS == 0)
-    offs_border = cell // CELLS * (band_rows + 1) * C + c
-    return value + tl.load(border_ptr + offs_border, mask=at, other=0.0)
+    """What the cells right of samples j gave, where each is the first one of its program."""
+    first = row * (w + 1) + 1
+    local = (first % CELLS).to(tl.int32) + j
+    border_ptr += (first // CELLS * (band_rows + 1) + index) * C
+    offs = (local // CELLS).to(tl.int64) * (band_rows + 1) * C + c
+    return tl.load(border_ptr + offs, mask=mask & (local % CELLS == 0), other=0.0)
 
 
 @triton.jit
+def _from_first_row(
+    top_ptr, border_ptr, row, j, c, mask, band_rows, C, w, CELLS: tl.constexpr
+):  # fmt: skip
+    """What the first cell row of a band gave to the samples above it."""
+    value = tl.load(top_ptr + row * C * w + (c.to(tl.int64) * w + j), mask=mask, other=0.0)
+    return value + _from_border(border_ptr, row, 0, j, c, mask, band_rows, C, w, CELLS)
+
+
+@triton.jit(do_not_specialize=common.SIZES)
 def _finish_kernel(
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, partials, result_ptr,
     target_ptr, record_ptr, grad_ptr, top_ptr, border_ptr, out_ptr,
-    blocks, total, bands, band_rows, C, h, w, H, W,
+    blocks, bands, band_rows, C, h, w, H, W,
     stride_target_n, stride_target_h, stride_target_w, stride_n, stride_c, stride_h, stride_w,
     SCALAR: tl.constexpr, MEAN: tl.constexpr, RECORD: tl.constexpr, WITH_GRAD: tl.constexpr,
-    CELLS: tl.constexpr, WIDE: tl.constexpr, PARTIALS: tl.constexpr, BLOCK: tl.constexpr,
+    CELLS: tl.constexpr, PARTIALS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The scalar loss and the record (program 0); gradient = (sums + top + border) * scale.
-
-    Samples are numbered in the order of the logits' memory where the strides are those of a
-    permutation, so that neighbours in a program are neighbours in memory (channels_last too).
-    """
+    """The scalar loss and the record (program 0); gradient = (sums + top + border) * scale."""
     program = tl.program_id(0)
     gradient_scale = 1.0
     if SCALAR:
@@ -767,37 +751,39 @@ def _finish_kernel(
             stride_target_n, stride_target_h, stride_target_w, False, PARTIALS,
         )  # fmt: skip
     if WITH_GRAD:
-        INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+        blocks_j = (w + BLOCK_J - 1) // BLOCK_J
+        blocks_c = (C + BLOCK_C - 1) // BLOCK_C
         for block in range(program, blocks, tl.num_programs(0)):
-            flat = tl.cast(block, INDEX) * BLOCK + tl.arange(0, BLOCK)
-            mask = flat < total
-            if stride_c == 1:
-                c = flat % C
-                flat = flat // C
-                j = flat % w
-                flat = flat // w
-                i = flat % h
-                n = flat // h
-            else:
-                j = flat % w
-                flat = flat // w
-                i = flat % h
-                flat = flat // h
-                c = flat % C
-                n = flat // C
-            offs = n * stride_n + c * stride_c + i * stride_h + j * stride_w
-            value = _sample_sum(
-                grad_ptr, top_ptr, border_ptr, n, c, i, j, offs, mask, bands, band_rows, C, h, w,
-                CELLS,
-            )  # fmt: skip
-            # Every pixel that touches column 0 touches column 1 (weight 0 * NaN): if another
-            # program has stored column 0 by now, it is NaN all the same.
-            second = mask & (j == 1)
-            first = _sample_sum(
-                grad_ptr, top_ptr, border_ptr, n, c, i, tl.zeros_like(j), offs - stride_w, second,
-                bands, band_rows, C, h, w, CELLS,
-            )  # fmt: skip
-            value = tl.where(second & (first != first), first, value)
+            # one image and row of samples, BLOCK_J columns and BLOCK_C classes: [BLOCK_J, BLOCK_C]
+            rest = block // blocks_j
+            j = (block - rest * blocks_j) * BLOCK_J + tl.arange(0, BLOCK_J)[:, None]
+            row_of_classes = rest // blocks_c
+            c = (rest - row_of_classes * blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+            image = row_of_classes // h
+            i = row_of_classes - image * h
+            n = tl.cast(image, tl.int64)
+            mask = (j < w) & (c < C)
+            offs = c.to(tl.int64) * stride_c + j.to(tl.int64) * stride_w
+            offs += n * stride_n + tl.cast(i, tl.int64) * stride_h
+            band = i // band_rows
+            row = n * bands + band
+            value = tl.load(grad_ptr + offs, mask=mask, other=0.0)
+            value += _from_border(
+                border_ptr, row, i - band * band_rows + 1, j, c, mask, band_rows, C, w, CELLS
+            )
+            if (i + 1) % band_rows == 0:
+                value += _from_first_row(
+                    top_ptr, border_ptr, row + 1, j, c, mask, band_rows, C, w, CELLS
+                )
+            # Beyond the first row of samples the second one has weight 0, and gets 0 * NaN all the
+            # same, as in eager; so do columns.
+            if i == tl.minimum(1, h - 1):
+                value += _from_first_row(
+                    top_ptr, border_ptr, n * bands, j, c, mask, band_rows, C, w, CELLS
+                )
+            nans = tl.where((j == 0) & (value != value), 1, 0)
+            beside = (tl.max(nans, 0)[None, :] > 0) & (j == 1)
+            value = tl.where(beside, float("nan"), value)
             if SCALAR:
                 value *= gradient_scale
             tl.store(out_ptr + offs, value, mask=mask)
@@ -881,16 +867,18 @@ def _launch(
             ONE_CLASS=C == 1, BITS=C.bit_length(), WIDE=cells + lanes.cells >= 2**31, **options,
             **lanes.constexprs(), **registers,
         )  # fmt: skip
-        block, total = 512, logits.numel() if with_grad else 0
-        blocks = triton.cdiv(total, block)
-        _finish_kernel[(max(1, min(blocks, 4 * multiprocessors)),)](
+        # along whichever is contiguous
+        block_j, block_c = 128, 1
+        if grad_strides[1] == 1 and C > 1:
+            block_j, block_c = 8, min(32, triton.next_power_of_2(C))
+        blocks = N * h * triton.cdiv(C, block_c) * triton.cdiv(w, block_j) if with_grad else 1
+        _finish_kernel[(min(blocks, 8 * multiprocessors),)](
             loss, denominator, bad_count, bad_index, tiles, result, target, record,
-            grad, top, border, gradient, blocks, total, bands, band_rows, C, h, w, H, W,
+            grad, top, border, gradient, blocks, bands, band_rows, C, h, w, H, W,
             *target.stride(), *grad_strides,
             SCALAR=not per_pixel, MEAN=mean, RECORD=not (per_pixel and with_grad),
-            WITH_GRAD=with_grad, CELLS=lanes.cells,
-            WIDE=max(total, top.numel(), border.numel()) + block >= 2**31,
-            PARTIALS=1024, BLOCK=block,
+            WITH_GRAD=with_grad, CELLS=lanes.cells, PARTIALS=512 if with_grad else 1024,
+            BLOCK_J=block_j, BLOCK_C=block_c, num_warps=1 if with_grad else 4,
         )  # fmt: skip
     return result, gradient if with_grad else None
 
