@@ -796,13 +796,14 @@ def tuned_lanes(
 
     ``options``: HAS_WEIGHT, HAS_SMOOTHING, WITH_GRAD, PER_PIXEL as the kernel's. All but a scalar
     loss of equal weights with its gradient take a logarithm or a load per pixel, and 16-bit labels
-    twice the words: 8 x 8 pixels would spill. So would 8 rows before Ampere.
+    twice the words: 8 x 8 pixels would spill. So would 8 rows before Ampere, or with all options.
     """
     scalar = options["WITH_GRAD"] and not options["PER_PIXEL"]
     equal = not (options["HAS_WEIGHT"] or options["HAS_SMOOTHING"])
     if scalar and equal and num_classes <= 255 and capability >= 75:
         return common.choose_lanes(geo, rows=8, columns=8)
-    return common.choose_lanes(geo, rows=8 if capability >= 80 else 4, columns=4)
+    few = capability < 80 or (options["HAS_WEIGHT"] and options["HAS_SMOOTHING"])
+    return common.choose_lanes(geo, rows=4 if few else 8, columns=4)
 
 
 def choose_band(images: int, h: int, w: int, cells: int, multiprocessors: int) -> int:
@@ -834,8 +835,9 @@ def _launch(
     multiprocessors = common.multiprocessors(logits.device)
     capability = common.capability(logits.device)
     lanes = tuned_lanes(geo, C, options, capability)
-    # Before Ampere ptxas would rather spill a few registers than run fewer warps.
-    registers = {"maxnreg": 255} if capability < 80 else {}
+    # Where ptxas would rather spill a few registers than run fewer warps.
+    few = capability < 80 or lanes.ROWS * lanes.COLUMNS < 32 or C == 1
+    registers = {"maxnreg": 255} if few else {}
     band_rows = choose_band(N, h, w, lanes.cells, multiprocessors) if with_grad else 1
     bands = triton.cdiv(h + 1, band_rows)
     cells = N * bands * (w + 1)
