@@ -789,6 +789,11 @@ def _finish_kernel(
             tl.store(out_ptr + offs, value, mask=mask)
 
 
+def label_bits(num_classes: int) -> int:
+    """Bits of a class, among which all ones are no class."""
+    return num_classes.bit_length()
+
+
 def tuned_lanes(
     geo: common.Geometry, num_classes: int, options: dict[str, bool], capability: int
 ) -> common.Lanes:
@@ -866,7 +871,7 @@ def _launch(
             *((0, 0, 0) if upstream is None else upstream.stride()),
             *(result.stride() or (0, 0, 0)), *grad_strides,
             ignore_index, label_smoothing,
-            ONE_CLASS=C == 1, BITS=C.bit_length(), WIDE=cells + lanes.cells >= 2**31, **options,
+            ONE_CLASS=C == 1, BITS=label_bits(C), WIDE=cells + lanes.cells >= 2**31, **options,
             **lanes.constexprs(), **registers,
         )  # fmt: skip
         # along whichever is contiguous

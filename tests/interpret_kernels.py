@@ -133,11 +133,17 @@ def test_dtypes(dtype: torch.dtype, labels: torch.dtype) -> None:
     check_loss(logits, target)
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 255])
+@pytest.mark.parametrize("num_classes", [1, 2, 3, 4, 31, 32])
 def test_number_of_classes(num_classes: int) -> None:
-    # 255 classes: labels no longer fit in bytes
-    logits, target = make_case(1, num_classes, 1, 2, 2, 4)
+    logits, target = make_case(1, num_classes, 1, 2, 4, 9)
     check_loss(logits, target)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_labels_of_more_than_8_bits(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upsample_cross_entropy, "label_bits", lambda num_classes: 9)
+    check_loss(*make_case(1, 5, 2, 3, 15, 24), reduction=reduction)  # 8 rows and 7
+    check_loss(*make_case(1, 5, 3, 2, 3, 19), reduction=reduction)  # one row, strips
 
 
 def test_one_class_is_exactly_zero() -> None:
