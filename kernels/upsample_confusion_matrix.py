@@ -41,7 +41,7 @@ COPIES = 32  # fewer where they would hold more than COPIED_BINS in all
 COPIED_BINS = 2**22
 
 
-@triton.jit(do_not_specialize=[*common.SIZES, "stride_target_w"])
+@triton.jit(do_not_specialize=common.RUNTIME)
 def _upsample_confusion_matrix_kernel(
     logits_ptr, target_ptr, matrix_ptr, copies_ptr, bad_count_ptr, bad_index_ptr,
     cells, tiles, C, h, w, H, W, step_h, inverse_h, step_w, inverse_w, half,

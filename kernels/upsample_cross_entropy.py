@@ -62,9 +62,7 @@ from fcnseg.kernels.common import (
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SPREAD = tl.constexpr(32.0)  # natural units: e^32 = 2^46; float32 holds 2^-126
-PIXEL_STRIDES = [
-    f"stride_{name}_{axis}" for name in ("target", "upstream", "loss") for axis in "nhw"
-]
+CONTIGUOUS = ["stride_c", "stride_w"]  # where a 1 helps the gathering kernel
 
 
 @triton.jit
@@ -233,9 +231,7 @@ def _add_to_cells(
     tl.store(next_border_ptr, lower_left, mask=mask_border)
 
 
-# A specialised stride of 1 would show the compiler contiguous columns: it would deal them to lanes
-# to coalesce loads, and each sum over the columns of a cell would become an exchange.
-@triton.jit(do_not_specialize=common.SIZES + PIXEL_STRIDES)
+@triton.jit(do_not_specialize=common.RUNTIME)
 def _upsample_cross_entropy_kernel(
     logits_ptr, target_ptr, weight_ptr, upstream_ptr, pixel_loss_ptr,
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, grad_ptr, top_ptr, border_ptr,
@@ -720,7 +716,7 @@ def _from_first_row(
     return value + _from_border(border_ptr, row, 0, j, c, mask, band_rows, C, w, CELLS)
 
 
-@triton.jit(do_not_specialize=common.SIZES)
+@triton.jit(do_not_specialize=[name for name in common.RUNTIME if name not in CONTIGUOUS])
 def _finish_kernel(
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, partials, result_ptr,
     target_ptr, record_ptr, grad_ptr, top_ptr, border_ptr, out_ptr,

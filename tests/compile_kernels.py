@@ -181,7 +181,7 @@ def _cross_entropy(arch: int) -> Iterator[Configuration]:
                 )
                 if key not in done:
                     done.add(key)
-                    yield name, kernel, arguments, 136
+                    yield name, kernel, arguments, 160
             else:
                 yield name, kernel, arguments, 255
 

@@ -112,8 +112,9 @@ def test_number_of_classes(num_classes: int) -> None:
     if num_classes == 256:
         target[target == 255] = 254
     check(logits, target)
-    check(logits, target, weight=torch.rand(num_classes, device="cuda"), label_smoothing=0.1)
-    check(logits, target, reduction="none")
+    if num_classes in (1, 32, 1000):  # each of these compiles anew
+        check(logits, target, weight=torch.rand(num_classes, device="cuda"), label_smoothing=0.1)
+        check(logits, target, reduction="none")
 
 
 def test_one_class_is_exactly_zero() -> None:
@@ -124,9 +125,10 @@ def test_one_class_is_exactly_zero() -> None:
 
 
 @pytest.mark.parametrize(("sizes", "geometry"), GEOMETRIES)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_geometry(sizes: tuple[int, ...], geometry: Geometry, reduction: str) -> None:
-    check(*make_case(3, 5, *sizes), reduction=reduction, **as_options(geometry))
+def test_geometry(sizes: tuple[int, ...], geometry: Geometry) -> None:
+    logits, target = make_case(3, 5, *sizes)
+    check(logits, target, **as_options(geometry))
+    check(logits, target, reduction="none", **as_options(geometry))
 
 
 @pytest.mark.parametrize(
