@@ -11,7 +11,7 @@ fi
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$(mktemp -d)}
 ${PYTHON:-python3} -m tests.sanitize_gpu # compiles, so that the sanitizer sees kernels alone
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # each tensor an allocation of its own
-for tool in memcheck racecheck synccheck initcheck; do
+for tool in memcheck racecheck initcheck; do
     echo "compute-sanitizer --tool $tool"
     "$sanitizer" --tool "$tool" --error-exitcode 1 ${PYTHON:-python3} -m tests.sanitize_gpu
 done
