@@ -838,7 +838,7 @@ def _launch(
     lanes = tuned_lanes(geo, C, options, capability)
     # Where ptxas would rather spill a few registers than run fewer warps.
     few = capability < 80 or lanes.ROWS * lanes.COLUMNS < 32 or C == 1
-    registers = {"maxnreg": 255} if few else {}
+    registers = {"maxnreg": 255} if few or (per_pixel and not with_grad) else {}
     band_rows = choose_band(N, h, w, lanes.cells, multiprocessors) if with_grad else 1
     bands = triton.cdiv(h + 1, band_rows)
     cells = N * bands * (w + 1)
