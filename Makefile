@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc kernels -type f) setup.py pyproject.toml
 
 .NOTPARALLEL:  # one virtual environment, one pip at a time
-.PHONY: help demo test test-full bench bench-full bench-report gpu lint format docs package clean
+.PHONY: help demo test test-full compile-kernels bench bench-full bench-report gpu lint format docs package clean
 help:
 	@echo "make demo       train ResNet-101 FCN on generated street scenes, about 3 minutes"
 	@echo "make test       the test suite"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench      12 benchmarks, under 10 minutes; bench-full: all of them"
 	@echo "make bench-report   their tables and plots, into README.md and docs/"
 	@echo "make gpu        build, GPU tests and benchmarks with the python3 that sees the GPU; no network"
+	@echo "make compile-kernels  the Triton kernels for sm_70 to sm_120, no GPU needed; ALL=1 every one"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make docs       the documentation, in build/site"
 	@echo "make package    sdist and wheel, and a smoke test of the wheel outside the repository"
@@ -61,6 +62,9 @@ bench-report: $(VENV)/install.stamp $(VENV)/test.stamp
 
 gpu:
 	$(PYTHON) benchmarks/gpu.py
+
+compile-kernels: $(VENV)/install.stamp $(VENV)/test.stamp
+	$(BIN)/python -m tests.compile_kernels
 
 lint: $(VENV)/install.stamp $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -14,7 +14,8 @@
    the last dimension and BLOCK = 32 num_warps, Triton's default layout keeps COLUMNS in a thread,
    so that a sum over the columns of a cell needs no exchange. Larger cells loop.
 5. A label is bad outside [0, C) and different from ignore_index. Each program writes how many it
-   met and the lowest flat index; one program adds them up: no atomics, the same answer every time.
+   met and the lowest flat index; a program of the gathering kernel adds them up: no atomics, the
+   same answer every time.
 
 Source: ATen/native/UpSample.h (area_pixel_compute_source_index).
 """
@@ -31,6 +32,16 @@ import triton.language as tl
 from torch import Tensor
 
 NO_INDEX = tl.constexpr(2**63 - 1)
+
+#: Arguments that Triton shall not specialise (1, multiples of 16): compile once for all sizes and
+#: layouts. A stride of 1 would also show the compiler contiguous columns: it would deal them to
+#: lanes to coalesce loads, and each sum over the columns of a cell would become an exchange.
+RUNTIME = [
+    "cells", "tiles", "partials", "blocks", "bands", "band_rows", "C", "h", "w", "H", "W",
+    "ignore_index", "copies", "stride_n", "stride_c", "stride_h", "stride_w",
+    *(f"stride_{name}_{axis}" for name in ("logits", "grad", "target", "upstream", "loss")
+      for axis in "nchw"),
+]  # fmt: skip
 
 
 # --- device ---------------------------------------------------------------------------------------
@@ -67,24 +78,29 @@ def cell_axis(cell, samples, pixels, step, inverse_step, half):
     slope = tl.where(inside & (count > 1), step, 0.0)
     # Before the first sample the weight lies on sample 0; the other one still has weight 0, not no
     # part, as in the eager expression: 0 * inf is NaN there too.
-    first = tl.where(cell == 0, tl.minimum(1, samples - 1), cell - 1)
-    second = tl.minimum(cell, samples - 1)
+    first = tl.minimum(tl.where(cell == 0, 1, cell - 1), samples - 1)
+    second = tl.minimum(cell, samples - 1)  # a band may reach past the last cell
     return start, count, first, second, weight, slope
 
 
 @triton.jit
-def split_cells(tile, cells, h, w, BLOCK: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr):
-    """Image, cell row, cell column and strip of each lane; lanes past the end get the last cell."""
+def split_cells(
+    tile, cells, bands, w, BLOCK: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr
+):
+    """Image, band, cell column and strip of each lane; lanes past the end get the last cell.
+
+    ``cells`` counts those of the first cell row of every band; a band of one row is a cell row.
+    """
     lane = tl.arange(0, BLOCK)
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     flat = tl.cast(tile, INDEX) * (BLOCK // SPLIT) + lane // SPLIT
     mask = flat < cells
     flat = tl.minimum(flat, tl.cast(cells - 1, INDEX))
     row = flat // (w + 1)
-    n = row // (h + 1)
+    n = row // bands
     j = (flat - row * (w + 1)).to(tl.int32)
-    i = (row - n * (h + 1)).to(tl.int32)
-    return n.to(tl.int64), i, j, lane % SPLIT, mask
+    band = (row - n * bands).to(tl.int32)
+    return n.to(tl.int64), band, j, lane % SPLIT, mask
 
 
 @triton.jit
@@ -112,18 +128,31 @@ def load_corners(logits_ptr, corners, c, stride_c):
 @triton.jit
 def load_labels(target_ptr, offs, mask, C, ignore_index):
     """Class, -1 where ignored, bad or outside ``mask``; and the mask of bad labels (eq. 5)."""
-    label = tl.load(target_ptr + offs, mask=mask, other=0).to(tl.int64)
+    label = tl.load(target_ptr + offs, mask=mask, other=0)
+    if target_ptr.dtype.element_ty == tl.int64:
+        good = label.to(tl.uint64, bitcast=True) < tl.cast(C, tl.uint64)
+    else:
+        label = label.to(tl.int32)
+        good = label.to(tl.uint32, bitcast=True) < tl.cast(C, tl.uint32)
     kept = mask & (label != ignore_index)
-    good = (label >= 0) & (label < C)
     return tl.where(kept & good, label, -1).to(tl.int32), kept & (good == 0)
 
 
 @triton.jit
-def _bad_label_kernel(
+def count_bad(bad, flat, bad_count, bad_index):
+    """Adds the bad labels among [COLUMNS, BLOCK] pixels to a lane's count and lowest flat index."""
+    if tl.max(tl.max(bad.to(tl.int32), 0), 0) > 0:  # hardly ever
+        bad_count += tl.sum(bad.to(tl.int32), 0)
+        bad_index = tl.minimum(bad_index, tl.min(tl.where(bad, flat, NO_INDEX), 0))
+    return bad_count, bad_index
+
+
+@triton.jit
+def add_to_record(
     count_ptr, index_ptr, partials, target_ptr, record_ptr, invalid_ptr, H, W,
     stride_n, stride_h, stride_w, HAS_INVALID: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Adds the programs' bad labels to the record [count, value, n, y, x] (eq. 5)."""
+    """The programs' bad labels, into the record [count, value, n, y, x] or ``invalid`` (eq. 5)."""
     offs = tl.arange(0, BLOCK)
     count = tl.zeros([BLOCK], tl.int64)
     first = tl.full([BLOCK], NO_INDEX, tl.int64)
@@ -227,21 +256,10 @@ class Lanes:
 def choose_lanes(geo: Geometry, rows: int, columns: int, num_warps: int = 1) -> Lanes:
     """Up to ``rows`` x ``columns`` pixels a lane; strips where a cell is wider."""
     power = triton.next_power_of_2
+    rows = triton.cdiv(geo.cell_h, triton.cdiv(geo.cell_h, rows))  # groups of equal height
     columns = max(2, min(columns, power(geo.cell_w)))  # Triton 3.7 miscompiles [1, BLOCK]
     split = min(32, power(triton.cdiv(geo.cell_w, columns)))
-    return Lanes(min(rows, power(geo.cell_h)), columns, split, num_warps)
-
-
-def add_bad_labels(
-    partials: tuple[Tensor, Tensor], target: Tensor, record: Tensor | None, invalid: Tensor | None
-) -> None:
-    """Adds the programs' counts to ``invalid`` if given, else to the record."""
-    count, index = partials
-    kept = record if invalid is None else invalid
-    _bad_label_kernel[(1,)](
-        count, index, count.numel(), target, kept, kept, target.shape[1], target.shape[2],
-        *target.stride(), HAS_INVALID=invalid is not None, BLOCK=1024,
-    )  # fmt: skip
+    return Lanes(rows, columns, split, num_warps)
 
 
 @functools.lru_cache(maxsize=64)
@@ -251,6 +269,14 @@ def capability(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@functools.lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """132, those of an H100, for the interpreter."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def device_of(tensor: Tensor) -> torch.cuda.device:

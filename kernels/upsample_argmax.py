@@ -65,13 +65,13 @@ def pixel_weights_x(j, x, w, step_w, half):
     return tl.where((j == 0)[None, :], 1.0, weight)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.RUNTIME)
 def _upsample_argmax_kernel(
     logits_ptr, label_ptr, cells, C, h, w, H, W, step_h, inverse_h, step_w, inverse_w, half,
     stride_n, stride_c, stride_h, stride_w, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n, i, j, strip, mask = split_cells(tl.program_id(0), cells, h, w, BLOCK, SPLIT, WIDE)
+    n, i, j, strip, mask = split_cells(tl.program_id(0), cells, h + 1, w, BLOCK, SPLIT, WIDE)
     y0, rows, i0, i1, _wy, _dy = cell_axis(i, h, H, step_h, inverse_h, half)
     x0, columns, j0, j1, _wx, _dx = cell_axis(j, w, W, step_w, inverse_w, half)
     rows = tl.where(mask, rows, 0)

@@ -9,7 +9,7 @@ Shapes. logits [N, C, h, w], target [N, H, W], matrix int64 [C, C], any strides.
 Who owns what. Programs take tiles of cells in turn, as many programs as fill the device. With few
 classes a program keeps a histogram of its pixels and adds it to the matrix at its end; with many
 each pixel is added to one of COPIES int32 matrices, so that frequent classes do not queue at one
-address, and `_add_copies_kernel` sums them.
+address, and `_gather_kernel` sums them.
 
 Numerics. Integer atomics only: the sums are exact, whatever their order. A copy holds fewer than
 2^31 pixels as the launcher widens it to int64 beyond.
@@ -25,15 +25,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fcnseg.kernels import common
-from fcnseg.kernels.common import cell_axis, corner_offsets, load_labels, split_cells
+from fcnseg.kernels.common import (
+    add_to_record,
+    cell_axis,
+    corner_offsets,
+    count_bad,
+    load_labels,
+    split_cells,
+)
 from fcnseg.kernels.upsample_argmax import best_classes, pixel_weights_x
 
 MAX_BINS = 1024  # of a program's histogram; a power of two above C * C
 PROGRAMS = 2048  # enough for 16 on each multiprocessor of the largest device
-COPIES = 32
+COPIES = 32  # fewer where they would hold more than COPIED_BINS in all
+COPIED_BINS = 2**22
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.RUNTIME)
 def _upsample_confusion_matrix_kernel(
     logits_ptr, target_ptr, matrix_ptr, copies_ptr, bad_count_ptr, bad_index_ptr,
     cells, tiles, C, h, w, H, W, step_h, inverse_h, step_w, inverse_w, half,
@@ -51,7 +59,7 @@ def _upsample_confusion_matrix_kernel(
     else:
         copy_ptr = copies_ptr + (program % copies).to(tl.int64) * C * C
     for tile in range(program, tiles, tl.num_programs(0)):
-        n, i, j, strip, mask = split_cells(tile, cells, h, w, BLOCK, SPLIT, WIDE)
+        n, i, j, strip, mask = split_cells(tile, cells, h + 1, w, BLOCK, SPLIT, WIDE)
         y0, rows, i0, i1, _wy, _dy = cell_axis(i, h, H, step_h, inverse_h, half)
         x0, columns, j0, j1, _wx, _dx = cell_axis(j, w, W, step_w, inverse_w, half)
         rows = tl.where(mask, rows, 0)
@@ -75,9 +83,8 @@ def _upsample_confusion_matrix_kernel(
                 offs = n[None, :] * stride_target_n + y * stride_target_h
                 offs += x.to(tl.int64) * stride_target_w
                 label, bad = load_labels(target_ptr, offs, here, C, ignore_index)
-                bad_count += tl.sum(tl.where(bad, 1, 0), 0)
-                flat = tl.where(bad, (n[None, :] * H + y) * W + x, common.NO_INDEX)
-                bad_index = tl.minimum(bad_index, tl.min(flat, 0))
+                flat = (n[None, :] * H + y) * W + x
+                bad_count, bad_index = count_bad(bad, flat, bad_count, bad_index)
                 cell = label * C + predictions[r]
                 if BINS > 0:
                     cell = tl.where(label >= 0, cell, BINS - 1)  # a bin past the matrix
@@ -97,19 +104,30 @@ def _upsample_confusion_matrix_kernel(
 
 
 @triton.jit
-def _add_copies_kernel(
-    copies_ptr, matrix_ptr, copies, C, stride_matrix_0, stride_matrix_1, BLOCK: tl.constexpr
-):
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = cell < C * C
-    total = tl.zeros([BLOCK], tl.int64)
-    for copy in range(copies):
-        offs = tl.cast(copy, tl.int64) * C * C + cell
-        total += tl.load(copies_ptr + offs, mask=mask, other=0).to(tl.int64)
-    truth = cell // C
-    offs = truth.to(tl.int64) * stride_matrix_0 + (cell - truth * C) * stride_matrix_1
-    total += tl.load(matrix_ptr + offs, mask=mask, other=0)
-    tl.store(matrix_ptr + offs, total, mask=mask)
+def _gather_kernel(
+    copies_ptr, matrix_ptr, copies, C, stride_matrix_0, stride_matrix_1,
+    bad_count_ptr, bad_index_ptr, partials, target_ptr, record_ptr, invalid_ptr, H, W,
+    stride_target_n, stride_target_h, stride_target_w,
+    HAS_COPIES: tl.constexpr, HAS_INVALID: tl.constexpr, BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr,
+):  # fmt: skip
+    """Adds the copies to the matrix and, in program 0, the bad labels to their record."""
+    if HAS_COPIES:
+        cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        mask = cell < C * C
+        total = tl.zeros([BLOCK], tl.int64)
+        for copy in range(copies):
+            offs = tl.cast(copy, tl.int64) * C * C + cell
+            total += tl.load(copies_ptr + offs, mask=mask, other=0).to(tl.int64)
+        truth = cell // C
+        offs = truth.to(tl.int64) * stride_matrix_0 + (cell - truth * C) * stride_matrix_1
+        total += tl.load(matrix_ptr + offs, mask=mask, other=0)
+        tl.store(matrix_ptr + offs, total, mask=mask)
+    if tl.program_id(0) == 0:
+        add_to_record(
+            bad_count_ptr, bad_index_ptr, partials, target_ptr, record_ptr, invalid_ptr, H, W,
+            stride_target_n, stride_target_h, stride_target_w, HAS_INVALID, PARTIALS,
+        )  # fmt: skip
 
 
 def bins(num_classes: int) -> int:
@@ -134,17 +152,19 @@ def upsample_confusion_matrix_forward_(
     bad_count, bad_index = torch.empty(2, programs, dtype=torch.int64, device=logits.device)
     size = bins(C)
     copies = matrix
+    num_copies = max(1, min(COPIES, COPIED_BINS // (C * C)))
     if size == 0:
         dtype = torch.int32 if target.numel() < 2**31 else torch.int64
-        copies = torch.zeros((COPIES, C, C), dtype=dtype, device=logits.device)
+        copies = torch.zeros((num_copies, C, C), dtype=dtype, device=logits.device)
     with common.device_of(logits):
         _upsample_confusion_matrix_kernel[(programs,)](
             logits, target, matrix, copies, bad_count, bad_index, cells, tiles, C, h, w, H, W,
-            *geo.axes, *logits.stride(), *target.stride(), *matrix.stride(), ignore_index, COPIES,
-            BINS=size, WIDE=cells + lanes.cells >= 2**31, **lanes.constexprs(),
+            *geo.axes, *logits.stride(), *target.stride(), *matrix.stride(), ignore_index,
+            num_copies, BINS=size, WIDE=cells + lanes.cells >= 2**31, **lanes.constexprs(),
         )  # fmt: skip
-        if size == 0:
-            _add_copies_kernel[(triton.cdiv(C * C, 256),)](
-                copies, matrix, COPIES, C, *matrix.stride(), BLOCK=256
-            )
-        common.add_bad_labels((bad_count, bad_index), target, record, invalid)
+        kept = record if invalid is None else invalid
+        _gather_kernel[(triton.cdiv(C * C, 256) if size == 0 else 1,)](
+            copies, matrix, num_copies, C, *matrix.stride(), bad_count, bad_index, programs, target,
+            kept, kept, H, W, *target.stride(), HAS_COPIES=size == 0,
+            HAS_INVALID=invalid is not None, BLOCK=256, PARTIALS=1024,
+        )  # fmt: skip

@@ -3,22 +3,27 @@
 ``python -m tests.compile_kernels`` prints one line per kernel, configuration and architecture and
 fails where a kernel spills, passes a ceiling, or holds a float atomic. ALL=1 compiles every
 configuration for every architecture; otherwise that is done for sm_70 and sm_90 and the others get
-one configuration per kernel. It runs in a process of its own: the interpreter of Triton, which the
-tests use, cannot compile.
+one configuration per kernel. An argument restricts it to the lines that hold it; JOBS sets the
+number of processes. It runs in processes of its own: the interpreter of Triton, which the tests
+use, cannot compile.
+
+A family of kernels adds its configurations by a generator in GENERATORS.
 """
 
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -30,7 +35,6 @@ from fcnseg.kernels import (
     upsample_confusion_matrix,
     upsample_cross_entropy,
 )
-from fcnseg.kernels.common import Lanes
 
 ARCHS = (70, 75, 80, 86, 89, 90, 100, 120)
 ALL_CONFIGURATIONS = (70, 90)
@@ -75,129 +79,153 @@ def resources(cubin: bytes) -> dict[str, int]:
     )
 
 
-def _arguments(kernel: Any, dtypes: dict[str, torch.dtype], **constexprs: Any) -> dict[str, Any]:
-    """Arguments by name: pointers from ``dtypes``, floats by their names, else an odd integer."""
-    floats = {"step_h", "inverse_h", "step_w", "inverse_w", "half", "smoothing"}
-    out: dict[str, Any] = {}
-    for name in inspect.signature(kernel.fn).parameters:
-        if name in constexprs:
-            continue
-        if name.endswith("_ptr"):
-            out[name] = dtypes.get(name, torch.float32)
-        elif name in floats:
-            out[name] = 0.125
-        elif name == "ignore_index":
-            out[name] = 255
-        else:
-            out[name] = 97
-    if "stride_logits_w" in out:
-        out["stride_logits_w"] = 1
-    return {**out, **constexprs}
+def recorded(
+    arch: int, call: Callable[..., Any], *args: Any
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Kernels, and their arguments by name, that ``call(*args)`` launches on ``arch``.
+
+    So the compiler sees what it sees on a GPU, strides of 1 that become constants for one. Nothing
+    runs: the tensors may be large and empty.
+    """
+    launches: list[tuple[Any, dict[str, Any]]] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            names = list(inspect.signature(self.kernel.fn).parameters)
+            return lambda *args, **options: launches.append(
+                (self.kernel, dict(zip(names, args, strict=False)) | options)
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "capability", lambda device: arch)
+        for module in [m for name, m in sys.modules.items() if name.startswith("fcnseg.kernels.")]:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                    patch.setattr(module, name, Recorder(value))
+        call(*args)
+    yield from launches
 
 
-LABELS = {"bad_count_ptr": torch.int32, "bad_index_ptr": torch.int64}
+def _case(
+    num_classes: int, logits: torch.dtype, labels: torch.dtype, factor: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    pixels = int(96 * factor)
+    record = torch.zeros(5, dtype=torch.int64)
+    return (
+        torch.empty(2, num_classes, 96, 96, dtype=logits),
+        torch.empty(2, pixels, pixels, dtype=labels),
+        record,
+    )
 
 
-def _geometry(factor: float) -> common.Geometry:
-    return common.geometry(96, 96, int(96 * factor), int(96 * factor), False, None, None)
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+UINT8, INT32, INT64 = torch.uint8, torch.int32, torch.int64
+PLAIN = (False, None, None)
 
 
 def _cross_entropy(arch: int) -> Iterator[Configuration]:
-    kernel = upsample_cross_entropy._upsample_cross_entropy_kernel
-    plain = {
-        "HAS_WEIGHT": False, "HAS_SMOOTHING": False, "ONE_CLASS": False, "WITH_GRAD": True,
-        "PER_PIXEL": False, "WIDE": False,
-    }  # fmt: skip
-    fp32, int64 = torch.float32, torch.int64
-    cases: list[tuple[str, torch.dtype, torch.dtype, dict[str, bool], float, int]] = [
-        ("mean fp32 x8", fp32, int64, {}, 8, 19),
-        ("mean fp16 x8", torch.float16, int64, {}, 8, 19),
-        ("mean bf16 x8 uint8", torch.bfloat16, torch.uint8, {}, 8, 19),
-        ("mean fp32 x4", fp32, int64, {}, 4, 19),
-        ("mean fp32 x16", fp32, int64, {}, 16, 21),
-        ("mean fp32 x32", fp32, int64, {}, 32, 21),
-        ("mean fp32 down", fp32, int64, {}, 0.5, 19),
-        ("mean fp32 x8 C=150", fp32, int64, {}, 8, 150),
-        ("mean fp32 x8 C=1000", fp32, int64, {}, 8, 1000),
-        ("mean fp32 x8 weight", fp32, int64, {"HAS_WEIGHT": True}, 8, 19),
-        ("mean fp32 x8 smoothing", fp32, int64, {"HAS_SMOOTHING": True}, 8, 19),
-        ("mean fp32 x8 weight smoothing", fp32, int64,
-         {"HAS_WEIGHT": True, "HAS_SMOOTHING": True}, 8, 19),
-        ("loss only fp32 x8", fp32, int64, {"WITH_GRAD": False}, 8, 19),
-        ("none fp32 x8", fp32, int64, {"PER_PIXEL": True, "WITH_GRAD": False}, 8, 19),
-        ("none backward fp32 x8", fp32, int64, {"PER_PIXEL": True}, 8, 19),
-    ]  # fmt: skip
-    for name, logits, labels, changes, factor, num_classes in cases:
-        dtypes = {**LABELS, "logits_ptr": logits, "target_ptr": labels}
-        lanes = upsample_cross_entropy.tuned_lanes(
-            _geometry(factor),
-            num_classes,
-            "HAS_WEIGHT" in changes and "HAS_SMOOTHING" in changes,
-            changes == {"PER_PIXEL": True},
-            arch,
-        )
-        bits = 8 if num_classes < 255 else 16
-        arguments = _arguments(kernel, dtypes, BITS=bits, **plain, **lanes.constexprs()) | changes
-        yield name, kernel, arguments, 255
-
-
-def _gathers() -> Iterator[Configuration]:
-    for mean in (True, False):
-        kernel = upsample_cross_entropy._reduce_kernel
-        arguments = _arguments(kernel, LABELS, MEAN=mean, BLOCK=1024)
-        yield "mean" if mean else "sum", kernel, arguments, 80
-    kernel = upsample_cross_entropy._finish_kernel
-    for name, stride_c in (("contiguous", 97), ("channels_last", 1)):
-        arguments = _arguments(kernel, {}, HAS_SCALE=True, CELLS=32, WIDE=False, BLOCK=512)
-        yield name, kernel, arguments | {"stride_c": stride_c}, 64
-    kernel = common._bad_label_kernel
-    dtypes = {
-        "count_ptr": torch.int32, "index_ptr": torch.int64, "target_ptr": torch.int64,
-        "record_ptr": torch.int64, "invalid_ptr": torch.int64,
-    }  # fmt: skip
-    yield "record", kernel, _arguments(kernel, dtypes, HAS_INVALID=False, BLOCK=1024), 64
-
-
-def _argmax() -> Iterator[Configuration]:
-    kernel = upsample_argmax._upsample_argmax_kernel
-    cases = [
-        ("fp32 x8 int64", torch.float32, torch.int64, Lanes(8, 4, 2, 1)),
-        ("fp16 x8 int64", torch.float16, torch.int64, Lanes(8, 4, 2, 1)),
-        ("bf16 x8 uint8", torch.bfloat16, torch.uint8, Lanes(8, 4, 2, 1)),
-        ("fp32 x4 int32", torch.float32, torch.int32, Lanes(4, 4, 1, 1)),
-        ("fp32 x32 int64", torch.float32, torch.int64, Lanes(8, 4, 8, 1)),
-        ("fp32 down int64", torch.float32, torch.int64, Lanes(1, 2, 1, 1)),
+    # mean or none; what else; classes, logits, labels, factor
+    cases: list[tuple[str, str, int, torch.dtype, torch.dtype, float]] = [
+        ("mean", "", 19, FP32, INT64, 8),
+        ("mean", "", 19, FP16, INT64, 8),
+        ("mean", "", 19, BF16, UINT8, 8),
+        ("mean", "channels_last", 19, FP16, INT32, 8),
+        ("mean", "", 19, FP32, INT64, 4),
+        ("mean", "", 21, FP32, INT64, 16),
+        ("mean", "", 21, FP32, INT64, 32),
+        ("mean", "", 19, FP32, INT64, 2.25),
+        ("mean", "", 19, FP32, INT64, 0.5),
+        ("mean", "", 1, FP32, INT64, 8),
+        ("mean", "", 150, FP32, INT64, 8),
+        ("mean", "", 171, FP16, INT64, 8),
+        ("mean", "", 1000, FP32, INT64, 8),
+        ("mean", "weight", 19, FP32, INT64, 8),
+        ("mean", "smoothing", 19, FP32, INT64, 8),
+        ("sum", "weight smoothing", 1000, FP32, INT64, 8),
+        ("mean", "forward", 19, FP32, INT64, 8),
+        ("none", "forward", 19, FP32, INT64, 8),
+        ("none", "forward weight smoothing", 19, FP32, INT64, 8),
+        ("none", "backward", 19, FP32, INT64, 8),
+        ("none", "backward weight smoothing", 1000, FP32, INT64, 8),
     ]
-    for name, logits, labels, lanes in cases:
-        dtypes = {"logits_ptr": logits, "label_ptr": labels}
-        arguments = _arguments(kernel, dtypes, WIDE=False, **lanes.constexprs())
-        yield name, kernel, arguments | {"stride_w": 1}, 208
-
-
-def _confusion_matrix() -> Iterator[Configuration]:
-    kernel = upsample_confusion_matrix._upsample_confusion_matrix_kernel
-    dtypes = {
-        "target_ptr": torch.int64, "matrix_ptr": torch.int64, "copies_ptr": torch.int32,
-        "bad_count_ptr": torch.int64, "bad_index_ptr": torch.int64,
-    }  # fmt: skip
-    lanes = Lanes(8, 4, 2, 1)
-    for num_classes in (2, 19, 150):
-        for logits in (torch.float32, torch.float16):
-            size = upsample_confusion_matrix.bins(num_classes)
-            arguments = _arguments(
-                kernel, {**dtypes, "logits_ptr": logits}, BINS=size, WIDE=False,
-                **lanes.constexprs(),
+    done = set()
+    for reduction, options, num_classes, dtype, labels, factor in cases:
+        logits, target, record = _case(num_classes, dtype, labels, factor)
+        if "channels_last" in options:
+            logits = logits.to(memory_format=torch.channels_last)
+        weight = torch.ones(num_classes) if "weight" in options else None
+        loss = (weight, 255, 0.1 if "smoothing" in options else 0.0)
+        if "backward" in options:
+            launches = recorded(
+                arch, upsample_cross_entropy.upsample_cross_entropy_backward,
+                torch.empty(target.shape), logits, target, *loss, *PLAIN, record,
             )  # fmt: skip
-            yield f"C={num_classes} {str(logits)[6:]} x8", kernel, arguments, 255
-    kernel = upsample_confusion_matrix._add_copies_kernel
-    yield "copies", kernel, _arguments(kernel, dtypes, BLOCK=256), 64
+        else:
+            launches = recorded(
+                arch, upsample_cross_entropy.upsample_cross_entropy_forward, logits, target,
+                *loss[:2], reduction, loss[2], *PLAIN, "forward" not in options, record,
+            )  # fmt: skip
+        name = f"{reduction} C={num_classes} {_short(dtype)} {_short(labels)} x{factor:g} {options}"
+        for kernel, arguments in launches:
+            if kernel.fn.__name__ == "_finish_kernel":
+                key = (
+                    str(arguments["out_ptr"].dtype),
+                    arguments["stride_c"] == 1,
+                    *(
+                        arguments[flag]
+                        for flag in ("SCALAR", "MEAN", "RECORD", "WITH_GRAD", "CELLS")
+                    ),
+                )
+                if key not in done:
+                    done.add(key)
+                    yield name, kernel, arguments, 160
+            else:
+                yield name, kernel, arguments, 255
 
 
-def configurations(arch: int) -> Iterator[Configuration]:
-    yield from _cross_entropy(arch)
-    yield from _gathers()
-    yield from _argmax()
-    yield from _confusion_matrix()
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf")
+
+
+def _argmax(arch: int) -> Iterator[Configuration]:
+    cases = [
+        (19, FP32, INT64, 8), (19, FP16, INT64, 8), (19, BF16, UINT8, 8), (150, FP32, INT32, 4),
+        (21, FP32, INT64, 32), (19, FP32, INT64, 0.5),
+    ]  # fmt: skip
+    for num_classes, dtype, labels, factor in cases:
+        logits, target, _ = _case(num_classes, dtype, labels, factor)
+        size = target.shape[1:]
+        for kernel, arguments in recorded(
+            arch, upsample_argmax.upsample_argmax_forward, logits, size, *PLAIN, labels
+        ):
+            yield f"{_short(dtype)} {_short(labels)} x{factor:g}", kernel, arguments, 208
+
+
+def _confusion_matrix(arch: int) -> Iterator[Configuration]:
+    cases = [(2, FP32, INT64), (19, FP32, INT64), (19, FP16, UINT8), (150, FP32, INT64)]
+    for num_classes, dtype, labels in cases:
+        logits, target, record = _case(num_classes, dtype, labels, 8)
+        matrix = torch.empty(num_classes, num_classes, dtype=torch.int64)
+        for kernel, arguments in recorded(
+            arch, upsample_confusion_matrix.upsample_confusion_matrix_forward_, matrix, logits,
+            target, 255, *PLAIN, record, None,
+        ):  # fmt: skip
+            ceiling = 80 if kernel.fn.__name__ == "_gather_kernel" else 255
+            yield f"C={num_classes} {_short(dtype)} {_short(labels)}", kernel, arguments, ceiling
+
+
+GENERATORS: list[Callable[[int], Iterator[Configuration]]] = [
+    _cross_entropy,
+    _argmax,
+    _confusion_matrix,
+]
+
+
+def configurations(arch: int) -> list[Configuration]:
+    return [configuration for generate in GENERATORS for configuration in generate(arch)]
 
 
 def compile_one(kernel: Any, arguments: dict[str, Any]) -> Any:
@@ -207,41 +235,55 @@ def compile_one(kernel: Any, arguments: dict[str, Any]) -> Any:
     return kernel.warmup(*values, grid=(1,), **options)
 
 
-def main() -> int:
-    failures = 0
-    every = os.environ.get("ALL", "0") not in ("", "0")
-    only = sys.argv[1] if len(sys.argv) > 1 else ""
+def compile_and_check(job: tuple[int, int]) -> tuple[str, bool]:
+    """The line about configuration ``index`` for ``arch``, and whether it is in order."""
+    arch, index = job
+    driver.set_active(FakeDriver(arch))
+    name, kernel, arguments, max_registers = configurations(arch)[index]
+    compiled = compile_one(kernel, arguments)
+    used = resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    problems = []
+    if used["stack"] or used["local"]:
+        problems.append("spills")
+    if used["registers"] > max_registers:
+        problems.append(f"more than {max_registers} registers")
+    if compiled.metadata.shared > MAX_SHARED:
+        problems.append(f"more than {MAX_SHARED} bytes of shared memory")
+    if FLOAT_ATOMIC.search(ptx):
+        problems.append("float atomic")
+    if arch < 80 and "mma." in ptx:
+        problems.append("matrix instruction")
+    line = (
+        f"sm_{arch:<4}{kernel.fn.__name__:<36}{name:<42}{used['registers']:>4} registers"
+        f"{compiled.metadata.shared:>7} B shared"
+        f"{used['stack'] + used['local']:>6} B spilled  {', '.join(problems) or 'ok'}"
+    )
+    return line, not problems
+
+
+def jobs(only: str, every: bool) -> Iterator[tuple[int, int]]:
     for arch in ARCHS:
-        driver.set_active(FakeDriver(arch))
         seen: set[str] = set()
-        for name, kernel, arguments, max_registers in configurations(arch):
+        for index, (name, kernel, _, _) in enumerate(configurations(arch)):
             kernel_name = kernel.fn.__name__
             if not every and arch not in ALL_CONFIGURATIONS and kernel_name in seen:
                 continue
-            if only not in f"{kernel_name} {name} {arch}":
-                continue
-            seen.add(kernel_name)
-            compiled = compile_one(kernel, arguments)
-            used = resources(compiled.asm["cubin"])
-            ptx = compiled.asm["ptx"]
-            problems = []
-            if used["stack"] or used["local"]:
-                problems.append("spills")
-            if used["registers"] > max_registers:
-                problems.append(f"more than {max_registers} registers")
-            if compiled.metadata.shared > MAX_SHARED:
-                problems.append(f"more than {MAX_SHARED} bytes of shared memory")
-            if FLOAT_ATOMIC.search(ptx):
-                problems.append("float atomic")
-            if arch == 70 and "mma." in ptx:
-                problems.append("matrix instruction")
-            failures += bool(problems)
-            print(
-                f"sm_{arch:<4}{kernel_name:<36}{name:<32}{used['registers']:>4} registers"
-                f"{compiled.metadata.shared:>7} B shared"
-                f"{used['stack'] + used['local']:>6} B spilled  {', '.join(problems) or 'ok'}",
-                flush=True,
-            )
+            if only in f"sm_{arch} {kernel_name} {name}":
+                seen.add(kernel_name)
+                yield arch, index
+
+
+def main() -> int:
+    every = os.environ.get("ALL", "0") not in ("", "0")
+    todo = list(jobs(sys.argv[1] if len(sys.argv) > 1 else "", every))
+    processes = int(os.environ.get("JOBS", os.cpu_count() or 1))
+    failures = 0
+    with multiprocessing.get_context("spawn").Pool(min(processes, len(todo))) as pool:
+        for line, good in pool.imap(compile_and_check, todo):
+            failures += not good
+            print(line, flush=True)
+    print(f"{len(todo)} compiled, {failures} failed")
     return min(failures, 1)
 
 
