@@ -269,10 +269,8 @@ def _conv_transpose_cross_entropy_backward_compiled(
     output_padding: Sequence[int],
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_input, grad_weight, grad_bias = (
-        torch.ops.fcnseg_cpu.conv_transpose_cross_entropy_backward(
-            grad_output, input, weight, target, bias, class_weight, stride, padding, *args
-        )
+    grad_input, grad_weight, grad_bias = torch.ops.fcnseg_cpu.conv_transpose_cross_entropy_backward(
+        grad_output, input, weight, target, bias, class_weight, stride, padding, *args
     )
     return _with_strides_of(grad_input, input), _with_strides_of(grad_weight, weight), grad_bias
 

@@ -11,7 +11,8 @@ import fcnseg
 from fcnseg import __main__ as self_test
 
 PUBLIC = {
-    "ConfusionMatrix", "ConvTransposeCrossEntropyLoss", "SegmentationLoss", "UpsampleCrossEntropyLoss", "__version__",
+    "ConfusionMatrix", "ConvTransposeCrossEntropyLoss", "SegmentationLoss",
+    "UpsampleCrossEntropyLoss", "__version__",
     "build_info", "check_labels", "confusion_matrix", "confusion_matrix_",
     "conv_transpose_argmax", "conv_transpose_cross_entropy", "metrics", "upsample_argmax",
     "upsample_confusion_matrix", "upsample_confusion_matrix_", "upsample_cross_entropy",
