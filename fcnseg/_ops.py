@@ -777,7 +777,9 @@ def _setup_upsample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*saved)
 
 
-def _upsample_backward(ctx: Any, grad_loss: Tensor, grad_gradient: Tensor) -> tuple[Any, ...]:
+def _upsample_backward(ctx: Any, grad_loss: Tensor | None, grad_gradient: None) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return (None,) * 10
     _require_grad_flag(ctx.compute_grad, "upsample_cross_entropy")
     if ctx.reduction == "none":
         gradient = torch.ops.fcnseg.upsample_cross_entropy_backward(
@@ -804,7 +806,9 @@ def _setup_conv_transpose(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.save_for_backward(*saved)
 
 
-def _conv_transpose_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+def _conv_transpose_backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return (None,) * 15
     _require_grad_flag(any(ctx.compute_grad), "conv_transpose_cross_entropy")
     if ctx.reduction == "none":
         gradients = torch.ops.fcnseg.conv_transpose_cross_entropy_backward(
