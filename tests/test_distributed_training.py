@@ -98,7 +98,7 @@ def run_steps(rank: int, size: int, parts: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size, parts", [(3, 2), (2, 1)])
+@pytest.mark.parametrize("size, parts", [(3, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_processes_and_parts_equal_one_process(
     tmp_path: Path, size: int, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

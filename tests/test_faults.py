@@ -130,7 +130,9 @@ def unbroken(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("fault", ["corrupt image", "bad label"])
+@pytest.mark.parametrize(
+    "fault", ["corrupt image", pytest.param("bad label", marks=pytest.mark.slow)]
+)
 def test_bad_file_is_named_and_the_run_is_continued(
     tmp_path: Path, data_root: Path, unbroken: Path, fault: str
 ) -> None:

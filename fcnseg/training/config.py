@@ -78,7 +78,8 @@ class TrainConfig:
         accumulate: a step computes its batch in this many parts, one after the other; the loss and
             the gradient stay those of the whole batch.
         lr, momentum, nesterov, weight_decay: of SGD.
-        head_lr: the heads' learning rate (deconvolution included) is this many times ``lr``.
+        head_lr: the heads' learning rate (deconvolution included) is this many times ``lr``; made
+            for a pretrained trunk, 1 is as good a choice without one.
         decay_all: decay also batch normalisation and biases.
         clip_norm: largest norm of the gradient; 0 for no limit.
         ema: decay per step of averaged weights, which are then validated and kept as the best;
