@@ -426,10 +426,10 @@ def _conv_transpose_cross_entropy_kernel(
         xs = held_samples(
             source, image, i, j, axis_y, axis_x, 0, MODE, OPERAND, TAPS_Y, TAPS_X, BLOCK_K
         )
+    shape: tl.constexpr = [BLOCK, BLOCK_I] if MODE == "dot" else [BLOCK_I, BLOCK]
     accs = ()
     if WITH_GRAD:
         for _a in tl.static_range(TAPS):
-            shape: tl.constexpr = [BLOCK, BLOCK_I] if MODE == "dot" else [BLOCK_I, BLOCK]
             accs = accs + (tl.zeros(shape, tl.float32),)
     loss = tl.zeros([BLOCK], tl.float32)
     denominator = tl.zeros([BLOCK], tl.float32)
@@ -606,10 +606,10 @@ def _weight_gradient_kernel(
     first_channel = channel_block * BLOCK_I
 
     tile_shape: tl.constexpr = [BLOCK, BLOCK_C] if MODE == "dot" else [BLOCK_C, BLOCK]
+    shape: tl.constexpr = [BLOCK_I, BLOCK_C] if MODE == "dot" else tile_shape
     accs = ()
     if WITH_GRAD:
         for _a in tl.static_range(TAPS * SUMS):
-            shape: tl.constexpr = [BLOCK_I, BLOCK_C] if MODE == "dot" else tile_shape
             accs = accs + (tl.zeros(shape, tl.float32),)
     if WITH_BIAS:
         bias_sum = tl.zeros(tile_shape, tl.float32)
