@@ -59,7 +59,7 @@ def _better(best, label, z, first_class, C, MODE: tl.constexpr, BLOCK_C: tl.cons
 def _conv_transpose_argmax_kernel(
     input_ptr, weight_ptr, bias_ptr, label_ptr,
     positions, rows, columns, first_row, first_column, items, item_columns,
-    C, K, per_group, num_channels, h, w, H, W,
+    C, K, per_group, num_channels, h, w, H, W, stored_rows, stored_columns,
     stride_y, kernel_y, step_y, hop_y, gcd_y, inverse_y, dilation_y, shift_y,
     stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x,
     stride_n, stride_c, stride_h, stride_w,
@@ -70,7 +70,7 @@ def _conv_transpose_argmax_kernel(
     axis_y = (stride_y, kernel_y, step_y, hop_y, gcd_y, inverse_y, dilation_y, shift_y, h, H)
     axis_x = (stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x, w, W)
     source = (input_ptr, num_channels, stride_c, stride_h, stride_w)
-    weight = (weight_ptr, bias_ptr, C, K, per_group)
+    weight = (weight_ptr, bias_ptr, C, K, per_group, stored_rows, stored_columns)
     n, i, j, _, mask = split_cells(
         tl.program_id(0), positions, rows - 1, columns - 1, BLOCK, 1, WIDE
     )
@@ -130,13 +130,14 @@ def conv_transpose_argmax_forward(
     walk = problem.phases
     positions = walk.args(input.shape[0])[0]
     taps = walk.taps if blocks.HELD else (1, 1)
+    constexprs = {name: value for name, value in vars(blocks).items() if name != "BLOCK_I"}
     with common.device_of(input):
         _conv_transpose_argmax_kernel[(triton.cdiv(positions, blocks.BLOCK),)](
             input, weight, input if bias is None else bias.contiguous(), labels,
-            *walk.args(input.shape[0]), *problem.sizes, *problem.y.args, *problem.x.args,
-            *input.stride(), HAS_BIAS=bias is not None,
+            *walk.args(input.shape[0]), *problem.sizes, *weight.shape[2:],
+            *problem.y.args, *problem.x.args, *input.stride(), HAS_BIAS=bias is not None,
             ONE_BLOCK=problem.classes <= blocks.BLOCK_C,
             WIDE=positions + blocks.BLOCK >= 2**31, TAPS_Y=taps[0], TAPS_X=taps[1],
-            **blocks.constexprs(),
+            **constexprs,
         )  # fmt: skip
     return labels

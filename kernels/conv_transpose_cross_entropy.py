@@ -86,9 +86,13 @@ def per_cell(x, MODE: tl.constexpr):
 def load_samples(source, offs, inside, channels, MODE: tl.constexpr, OPERAND: tl.constexpr):
     """Tile of the input at offs [BLOCK], 0 outside, for the vector of channels."""
     input_ptr, num_channels, stride_c, _stride_h, _stride_w = source
-    mask = per_cell(inside, MODE) & per_class(channels < num_channels, MODE)
-    offs = per_cell(offs, MODE) + per_class(channels.to(tl.int64) * stride_c, MODE)
-    return tl.load(input_ptr + offs, mask=mask, other=0.0).to(OPERAND)
+    if MODE == "dot":  # channels are neighbours and padded with zeros
+        pointers = (input_ptr + offs)[:, None] + channels[None, :]
+        return tl.load(pointers, mask=inside[:, None], other=0.0).to(OPERAND)
+    else:
+        offs = offs[None, :] + (channels.to(tl.int64) * stride_c)[:, None]
+        mask = inside[None, :] & (channels < num_channels)[:, None]
+        return tl.load(input_ptr + offs, mask=mask, other=0.0).to(OPERAND)
 
 
 @triton.jit
@@ -99,11 +103,17 @@ def sample_offsets(source, image, row, column, axis_y, axis_x):
 
 
 @triton.jit
-def load_weight(tap, channels, classes, K, C, OPERAND: tl.constexpr):
-    """W[channel, class] of the tap at this pointer, 0 past the ends; channels and classes are
-    vectors or, expanded, make a tile."""
-    mask = (channels < K) & (classes < C)
-    return tl.load(tap + channels.to(tl.int64) * C + classes, mask=mask, other=0.0).to(OPERAND)
+def load_weight_tile(tap, weight, channels, classes, OPERAND: tl.constexpr):
+    """W of the tap at this pointer; one of channels, classes is a row, the other a column. Padded
+    with zeros: no mask."""
+    return tl.load(tap + channels * weight[6] + classes).to(OPERAND)
+
+
+@triton.jit
+def load_weight_row(tap, weight, channel, classes):
+    """W[channel, classes] of the tap at this pointer, 0 past the last class."""
+    offs = tl.cast(channel, tl.int64) * weight[6] + classes
+    return tl.load(tap + offs, mask=classes < weight[2], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -125,8 +135,8 @@ def held_samples(
 
 @triton.jit
 def tap_pointer(weight, tap_y, tap_x, axis_x):
-    weight_ptr, _bias_ptr, C, K, _per_group = weight
-    return weight_ptr + (tap_y * axis_x[1] + tap_x).to(tl.int64) * K * C
+    weight_ptr, _bias_ptr, _C, _K, _per_group, stored_rows, stored_columns = weight
+    return weight_ptr + (tap_y * axis_x[1] + tap_x).to(tl.int64) * stored_rows * stored_columns
 
 
 @triton.jit
@@ -136,7 +146,6 @@ def held_weights(
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """W of a phase's taps: tiles [BLOCK_K, BLOCK_C], vectors [BLOCK_C] in mode "classes"."""
-    _weight_ptr, _bias_ptr, C, K, _per_group = weight
     classes = tl.arange(0, BLOCK_C)
     ws = ()
     for a in tl.static_range(TAPS_Y * TAPS_X):
@@ -145,9 +154,9 @@ def held_weights(
         tap = tap_pointer(weight, tap_y, tap_x, axis_x)
         if MODE == "dot":
             channels = tl.arange(0, BLOCK_K)[:, None]
-            w = load_weight(tap, channels, classes[None, :], K, C, OPERAND)
+            w = load_weight_tile(tap, weight, channels, classes[None, :], OPERAND)
         else:
-            w = load_weight(tap, classes * 0, classes, K, C, OPERAND)
+            w = load_weight_row(tap, weight, 0, classes)
         ws = ws + (w,)
     return ws
 
@@ -157,7 +166,8 @@ def _bias_tile(
     weight, classes, HAS_BIAS: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    _weight_ptr, bias_ptr, C, _K, _per_group = weight
+    bias_ptr = weight[1]
+    C = weight[2]
     shape: tl.constexpr = [BLOCK, BLOCK_C] if MODE == "dot" else [BLOCK_C, BLOCK]
     z = tl.zeros(shape, tl.float32)
     if HAS_BIAS:
@@ -189,7 +199,7 @@ def walked_logits(
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """z (eq. 3) of a block of classes for any geometry and number of channels."""
-    _weight_ptr, _bias_ptr, C, K, per_group = weight
+    _weight_ptr, _bias_ptr, C, K, per_group, stored_rows, _stored_columns = weight
     classes = first_class + tl.arange(0, BLOCK_C)
     z = _bias_tile(weight, classes, HAS_BIAS, MODE, BLOCK, BLOCK_C)
     tap_y, before_y, taps_y = axis_taps(phase_y, axis_y)
@@ -203,14 +213,14 @@ def walked_logits(
         )  # fmt: skip
         tap = tap_pointer(weight, tap_y + t_y * axis_y[2], tap_x + t_x * axis_x[2], axis_x)
         if MODE == "dot":
-            for k in range(0, K, BLOCK_K):
+            for k in range(0, stored_rows, BLOCK_K):
                 channels = k + tl.arange(0, BLOCK_K)
                 x = load_samples(source, offs, inside, channels, MODE, OPERAND)
-                w = load_weight(tap, channels[:, None], classes[None, :], K, C, OPERAND)
+                w = load_weight_tile(tap, weight, channels[:, None], classes[None, :], OPERAND)
                 z = tl.dot(x, w, z, input_precision=PRECISION)
         else:
             for k in range(K):
-                w = load_weight(tap, classes * 0 + k, classes, K, C, OPERAND)
+                w = load_weight_row(tap, weight, k, classes)
                 x = channel_samples(source, offs, inside, classes, k, K, per_group, MODE, OPERAND)
                 z += per_class(w, MODE) * x
     return tl.where(per_class(classes < C, MODE), z, float("-inf"))
@@ -358,8 +368,8 @@ def _pixels(item, item_columns, i, j, axis_y, axis_x, SAMPLES: tl.constexpr):
 
 @triton.jit
 def _add_input_gradient(
-    acc, dz, w, tap, classes, first_channel, K, C, per_group, HELD: tl.constexpr,
-    MODE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr,
+    acc, dz, w, tap, weight, classes, first_channel, HELD: tl.constexpr,
+    MODE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """acc + dz times the transposed W of one tap (eq. 5); w is that W if HELD."""
     if MODE == "dot":
@@ -367,23 +377,24 @@ def _add_input_gradient(
             back = tl.trans(w).to(tl.float32)
         else:
             channels = first_channel + tl.arange(0, BLOCK_I)
-            back = load_weight(tap, channels[None, :], classes[:, None], K, C, tl.float32)
+            back = load_weight_tile(
+                tap, weight, channels[None, :], classes[:, None], tl.float32
+            )
         return tl.dot(dz, back, acc, input_precision=PRECISION)
     elif MODE == "classes":
         if not HELD:
-            w = load_weight(tap, classes * 0, classes, K, C, OPERAND)
+            w = load_weight_row(tap, weight, 0, classes)
         return acc + per_class(w, MODE) * dz
     else:
+        _weight_ptr, _bias_ptr, C, K, per_group, _stored_rows, _stored_columns = weight
         rows = tl.arange(0, BLOCK_I)
         for r in range(BLOCK_I):
             channel = first_channel + r
             group = channel // K
             mine = (classes // per_group == group) & (classes < C)
-            w = tl.load(
-                tap + (channel - group * K).to(tl.int64) * C + classes, mask=mine, other=0.0
-            ).to(OPERAND)
+            row = load_weight_row(tap, weight, channel - group * K, classes)
             # dz of other groups may be NaN
-            product = tl.where(mine[:, None], w[:, None] * dz, 0.0)
+            product = tl.where(mine[:, None], row[:, None] * dz, 0.0)
             acc += tl.where((rows == r)[:, None], tl.sum(product, 0)[None, :], 0.0)
         return acc
 
@@ -393,7 +404,7 @@ def _conv_transpose_cross_entropy_kernel(
     input_ptr, weight_ptr, bias_ptr, target_ptr, class_weight_ptr, upstream_ptr, pixel_loss_ptr,
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, plane_ptr,
     positions, rows, columns, first_row, first_column, items, item_columns,
-    C, K, per_group, num_channels, h, w, H, W,
+    C, K, per_group, num_channels, h, w, H, W, stored_rows, stored_columns,
     stride_y, kernel_y, step_y, hop_y, gcd_y, inverse_y, dilation_y, shift_y,
     stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x,
     stride_input_n, stride_input_c, stride_input_h, stride_input_w,
@@ -415,7 +426,7 @@ def _conv_transpose_cross_entropy_kernel(
     axis_y = (stride_y, kernel_y, step_y, hop_y, gcd_y, inverse_y, dilation_y, shift_y, h, H)
     axis_x = (stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x, w, W)
     source = (input_ptr, num_channels, stride_input_c, stride_input_h, stride_input_w)
-    weight = (weight_ptr, bias_ptr, C, K, per_group)
+    weight = (weight_ptr, bias_ptr, C, K, per_group, stored_rows, stored_columns)
     TAPS: tl.constexpr = TAPS_Y * TAPS_X
     n, i, j, _, mask = split_cells(tile, positions, rows - 1, columns - 1, BLOCK, 1, WIDE)
     i += first_row
@@ -517,8 +528,8 @@ def _conv_transpose_cross_entropy_kernel(
                     if HELD:
                         held = ws[a]
                     acc = _add_input_gradient(
-                        accs[a], dz, held, tap, classes, block * BLOCK_I, K, C, per_group,
-                        HELD, MODE, OPERAND, PRECISION, BLOCK_I,
+                        accs[a], dz, held, tap, weight, classes, block * BLOCK_I,
+                        HELD, MODE, PRECISION, BLOCK_I,
                     )  # fmt: skip
                     added = added + (acc,)
                 accs = added
@@ -546,8 +557,8 @@ def _conv_transpose_cross_entropy_kernel(
                             axis_x,
                         )  # fmt: skip
                         acc = _add_input_gradient(
-                            accs[a], dz, dz, tap, classes, block * BLOCK_I, K, C, per_group,
-                            False, MODE, OPERAND, PRECISION, BLOCK_I,
+                            accs[a], dz, dz, tap, weight, classes, block * BLOCK_I,
+                            False, MODE, PRECISION, BLOCK_I,
                         )  # fmt: skip
                         added = added + (acc,)
                     accs = added
@@ -575,7 +586,7 @@ def _weight_gradient_kernel(
     weight_partial_ptr, bias_partial_ptr,
     tiles, tiles_per_split, class_blocks,
     positions, rows, columns, first_row, first_column, items, item_columns,
-    C, K, per_group, num_channels, h, w, H, W,
+    C, K, per_group, num_channels, h, w, H, W, stored_rows, stored_columns,
     stride_y, kernel_y, step_y, hop_y, gcd_y, inverse_y, dilation_y, shift_y,
     stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x,
     stride_input_n, stride_input_c, stride_input_h, stride_input_w,
@@ -598,10 +609,11 @@ def _weight_gradient_kernel(
     axis_y = (stride_y, kernel_y, step_y, hop_y, gcd_y, inverse_y, dilation_y, shift_y, h, H)
     axis_x = (stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x, w, W)
     source = (input_ptr, num_channels, stride_input_c, stride_input_h, stride_input_w)
-    weight = (weight_ptr, bias_ptr, C, K, per_group)
+    weight = (weight_ptr, bias_ptr, C, K, per_group, stored_rows, stored_columns)
     TAPS: tl.constexpr = TAPS_Y * TAPS_X
     # tiles a tap: one [BLOCK_I, BLOCK_C], or one [BLOCK_C, BLOCK] for each of BLOCK_I channels
     SUMS: tl.constexpr = 1 if MODE == "dot" else BLOCK_I
+    CELLS: tl.constexpr = 0 if MODE == "dot" else 1
     classes = class_block * BLOCK_C + tl.arange(0, BLOCK_C)
     first_channel = channel_block * BLOCK_I
 
@@ -612,7 +624,7 @@ def _weight_gradient_kernel(
         for _a in tl.static_range(TAPS * SUMS):
             accs = accs + (tl.zeros(shape, tl.float32),)
     if WITH_BIAS:
-        bias_sum = tl.zeros(tile_shape, tl.float32)
+        bias_sum = tl.zeros([BLOCK_C], tl.float32)
     if HELD:
         ws = held_weights(
             weight, item // item_columns, item % item_columns, axis_y, axis_x, MODE, OPERAND,
@@ -667,7 +679,7 @@ def _weight_gradient_kernel(
             HAS_WEIGHT, HAS_SMOOTHING, HAS_UPSTREAM, ONE_CLASS, MODE,
         )  # fmt: skip
         if WITH_BIAS:
-            bias_sum += dz
+            bias_sum += tl.sum(dz, CELLS)
         if WITH_GRAD:
             dz = _for_tensor_cores(dz, PRECISION)
             added = ()
@@ -715,10 +727,9 @@ def _weight_gradient_kernel(
                     total = tl.sum(accs[a * BLOCK_I + r], 1)
                     tl.store(weight_partial_ptr + at, total, mask=(classes < C) & (k < K))
     if WITH_BIAS:
-        AXIS: tl.constexpr = 0 if MODE == "dot" else 1
         at = (item.to(tl.int64) * tl.num_programs(1) + split) * C + classes
         inside = (classes < C) & (channel_block == 0)
-        tl.store(bias_partial_ptr + at, tl.sum(bias_sum, AXIS), mask=inside)
+        tl.store(bias_partial_ptr + at, bias_sum, mask=inside)
 
 
 @triton.jit
@@ -899,7 +910,7 @@ def make_problem(
 
 @dataclass(frozen=True)
 class Blocks:
-    """Mode and block sizes. BLOCK_I: channels whose gradient a program sums."""
+    """Mode and block sizes of a kernel. BLOCK_I: channels whose gradient a program sums."""
 
     MODE: str
     HELD: bool
@@ -908,16 +919,8 @@ class Blocks:
     BLOCK: int
     BLOCK_C: int
     BLOCK_K: int
-    input_block_i: int
-    weight_block_i: int
+    BLOCK_I: int
     num_warps: int
-
-    def constexprs(self) -> dict[str, object]:
-        return {
-            "MODE": self.MODE, "HELD": self.HELD, "OPERAND": self.OPERAND,
-            "PRECISION": self.PRECISION, "BLOCK": self.BLOCK, "BLOCK_C": self.BLOCK_C,
-            "BLOCK_K": self.BLOCK_K, "num_warps": self.num_warps,
-        }  # fmt: skip
 
 
 OPERANDS = {
@@ -927,31 +930,39 @@ OPERANDS = {
 }
 
 
-def tuned_blocks(problem: Problem, dtype: torch.dtype, capability: int) -> Blocks:
-    """Tiles that fit in registers: 8 or 16 elements a thread, on the tensor cores 16 or 32."""
+def tuned_blocks(
+    problem: Problem, dtype: torch.dtype, capability: int, of_weight: bool = False
+) -> Blocks:
+    """Tiles that fit in registers, of the loss's kernel or of that of the weight's gradient."""
     power = triton.next_power_of_2
-    C, channels, groups = problem.classes, problem.channels, problem.groups
+    C, channels, K, groups = (
+        problem.classes, problem.channels, problem.channels_per_group, problem.groups
+    )  # fmt: skip
     if groups == 1 and C > 1 and capability >= 80:
-        precision = "tf32x3" if dtype == torch.float32 else "tf32"
-        block_c, block_k = (min(max(16, power(size)), 64) for size in (C, channels))
-        held = problem.fast and max(C, channels) <= 32
-        block_k = block_k if held else min(block_k, 32)
+        # float32 operands and their parts for TF32 take four times the registers
+        wide = dtype == torch.float32
+        block_c = min(max(16, power(C)), 32 if wide else 64)
+        block_k = min(max(16, power(channels)), 16 if wide else 32)
+        held = problem.fast and max(C, channels) <= 32 and not wide
+        block = 64
+        if of_weight:
+            held = False
+            block = 16 if wide else max(32, block_c)
         return Blocks(
-            "dot", held, OPERANDS[dtype], precision, 64, block_c, block_k, block_k, block_k, 4
-        )
-    if groups == C == channels:
-        block_c = max(2, power(C)) if C <= 256 else 64
-        held = problem.fast and C <= 256
-        return Blocks(
-            "classes", held, tl.float32, "ieee", max(2, 256 // block_c), block_c, block_c,
-            block_c, 1, 1,
+            "dot", held, OPERANDS[dtype], "tf32x3" if wide else "tf32", block, block_c, block_k,
+            block_k, block // 16,
         )  # fmt: skip
     block_c = max(2, power(C)) if C <= 256 else 64
-    block_i = min(max(2, power(channels)), 64)
-    return Blocks(
-        "full" if groups == 1 else "groups", False, tl.float32, "ieee", max(2, 256 // block_c),
-        block_c, 1, block_i, min(4, power(problem.channels_per_group)), 1,
-    )  # fmt: skip
+    block = max(2, 256 // block_c)  # 8 elements of a tile a thread
+    if groups == C == channels:
+        held = problem.fast and C <= 256
+        return Blocks(
+            "classes", held, tl.float32, "ieee", block, block_c, block_c,
+            1 if of_weight else block_c, max(1, block_c // 128),
+        )  # fmt: skip
+    block_i = min(2, power(K)) if of_weight else min(max(2, power(channels)), 64)
+    mode = "full" if groups == 1 else "groups"
+    return Blocks(mode, False, tl.float32, "ieee", block, block_c, 1, block_i, 1)
 
 
 PROGRAMS = 1024  # of the weight's gradient: several for each multiprocessor of a large GPU
@@ -963,9 +974,10 @@ class _Call:
     """Arguments that both kernels take."""
 
     problem: Problem
-    blocks: Blocks
+    blocks: Blocks  # of the loss's kernel
+    weight_blocks: Blocks
     input: Tensor
-    weight: Tensor  # [kh, kw, K, C]
+    weight: Tensor  # [kh, kw, K, C], packed
     bias: Tensor | None
     target: Tensor
     class_weight: Tensor | None
@@ -983,35 +995,43 @@ class _Call:
     def geometry(self, walk: Walk) -> tuple[int, ...]:
         upstream = (0, 0, 0) if self.upstream is None else self.upstream.stride()
         return (
-            *walk.args(self.input.shape[0]), *self.problem.sizes, *self.problem.y.args,
-            *self.problem.x.args, *self.input.stride(), *self.target.stride(), *upstream,
+            *walk.args(self.input.shape[0]), *self.problem.sizes, *self.weight.shape[2:],
+            *self.problem.y.args, *self.problem.x.args, *self.input.stride(), *self.target.stride(), *upstream,
         )  # fmt: skip
 
-    def constexprs(self, walk: Walk) -> dict[str, object]:
+    def constexprs(self, walk: Walk, blocks: Blocks) -> dict[str, object]:
         positions = walk.args(self.input.shape[0])[0]
         return {
             "HAS_UPSTREAM": self.upstream is not None, "HAS_BIAS": self.bias is not None,
             "HAS_WEIGHT": self.class_weight is not None,
             "HAS_SMOOTHING": self.label_smoothing > 0, "ONE_CLASS": self.problem.classes == 1,
-            "ONE_BLOCK": self.problem.classes <= self.blocks.BLOCK_C, "SAMPLES": walk.samples,
-            "WIDE": positions + self.blocks.BLOCK >= 2**31,
-            **self.blocks.constexprs(),
+            "ONE_BLOCK": self.problem.classes <= blocks.BLOCK_C, "SAMPLES": walk.samples,
+            "WIDE": positions + blocks.BLOCK >= 2**31, **vars(blocks),
         }  # fmt: skip
 
-    def tiles(self, walk: Walk) -> int:
-        return triton.cdiv(walk.args(self.input.shape[0])[0], self.blocks.BLOCK)
+    def tiles(self, walk: Walk, blocks: Blocks) -> int:
+        return triton.cdiv(walk.args(self.input.shape[0])[0], blocks.BLOCK)
 
 
 def pack_operands(
     problem: Problem, blocks: Blocks, input: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The weight as [kh, kw, K, C]; for the tensor cores the input with neighbouring channels."""
+    """The weight as [kh, kw, K, C]. For the tensor cores K and C are filled up with zeros to whole
+    blocks, and so are the input's channels, which become neighbours: aligned loads, no masks."""
     C, K, per_group = problem.sizes[:3]
     kernel = weight.shape[2:]
-    packed = weight.view(problem.groups, K, per_group, *kernel).permute(3, 4, 1, 0, 2)
-    if blocks.MODE == "dot":
-        input = input.contiguous(memory_format=torch.channels_last)
-    return input, packed.reshape(*kernel, K, C).contiguous()
+    packed = weight.unflatten(0, (problem.groups, K)).permute(3, 4, 1, 0, 2)
+    packed = packed.reshape(*kernel, K, C)
+    if blocks.MODE != "dot":
+        return input, packed.contiguous()
+    rows = triton.cdiv(K, blocks.BLOCK_K) * blocks.BLOCK_K
+    columns = triton.cdiv(C, blocks.BLOCK_C) * blocks.BLOCK_C
+    filled = weight.new_zeros((*kernel, rows, columns))
+    filled[:, :, :K, :C] = packed
+    N, _, h, w = input.shape
+    samples = input.new_zeros((N, h, w, rows))
+    samples[..., :K] = input.permute(0, 2, 3, 1)
+    return samples.permute(0, 3, 1, 2), filled
 
 
 def _launch_loss(
@@ -1022,14 +1042,14 @@ def _launch_loss(
     channel_blocks = 1
     strides = (0, 0, 0)
     if planes is not None:
-        channel_blocks = triton.cdiv(call.problem.channels, blocks.input_block_i)
+        channel_blocks = triton.cdiv(call.problem.channels, blocks.BLOCK_I)
         strides = planes.stride()
     taps = walk.taps if blocks.HELD or planes is not None else (1, 1)
-    _conv_transpose_cross_entropy_kernel[(call.tiles(walk), channel_blocks)](
+    _conv_transpose_cross_entropy_kernel[(call.tiles(walk, blocks), channel_blocks)](
         *call.tensors(), *partials, partials[0] if planes is None else planes,
         *call.geometry(walk), *strides, call.ignore_index, call.label_smoothing,
         LOSS=loss, WITH_GRAD=planes is not None, TAPS_Y=taps[0], TAPS_X=taps[1],
-        BLOCK_I=blocks.input_block_i, **call.constexprs(walk),
+        **call.constexprs(walk, blocks),
     )  # fmt: skip
 
 
@@ -1061,17 +1081,18 @@ def _sum_weight(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Partial sums [splits, kh, kw, K, C] of the weight's gradient, [items splits, C] of the
     bias's."""
-    problem, blocks = call.problem, call.blocks
+    problem, blocks = call.problem, call.weight_blocks
     class_blocks = triton.cdiv(problem.classes, blocks.BLOCK_C)
     channel_blocks = 1
     if with_weight:
-        channel_blocks = triton.cdiv(problem.channels_per_group, blocks.weight_block_i)
-    items, tiles = math.prod(walk.items), call.tiles(walk)
+        channel_blocks = triton.cdiv(problem.channels_per_group, blocks.BLOCK_I)
+    items, tiles = math.prod(walk.items), call.tiles(walk, blocks)
     wanted = triton.cdiv(PROGRAMS, items * class_blocks * channel_blocks)
     per_split = triton.cdiv(tiles, max(1, min(wanted, tiles, MAX_SPLITS)))
     splits = triton.cdiv(tiles, per_split)
     float32 = {"dtype": torch.float32, "device": call.input.device}
-    weight = torch.empty((splits, *call.weight.shape), **float32) if with_weight else None
+    sizes = (*call.weight.shape[:2], problem.channels_per_group, problem.classes)
+    weight = torch.empty((splits, *sizes), **float32) if with_weight else None
     bias = torch.empty((items * splits, problem.classes), **float32) if with_bias else None
     taps = walk.taps if blocks.HELD or with_weight else (1, 1)
     unused = call.input
@@ -1079,7 +1100,7 @@ def _sum_weight(
         *call.tensors(), unused if weight is None else weight, unused if bias is None else bias,
         tiles, per_split, class_blocks, *call.geometry(walk), call.ignore_index,
         call.label_smoothing, WITH_GRAD=with_weight, WITH_BIAS=with_bias, TAPS_Y=taps[0],
-        TAPS_X=taps[1], BLOCK_I=blocks.weight_block_i, **call.constexprs(walk),
+        TAPS_X=taps[1], **call.constexprs(walk, blocks),
     )  # fmt: skip
     return weight, bias
 
@@ -1135,10 +1156,12 @@ def _make_call(
 ) -> _Call:  # fmt: skip
     size = target.shape[1:]
     problem = make_problem(input, weight, size, stride, padding, groups, dilation, crop)
-    blocks = tuned_blocks(problem, input.dtype, common.capability(input.device))
+    arch = common.capability(input.device)
+    blocks = tuned_blocks(problem, input.dtype, arch)
+    weight_blocks = tuned_blocks(problem, input.dtype, arch, of_weight=True)
     input, weight = pack_operands(problem, blocks, input, weight)
     return _Call(
-        problem, blocks, input, weight,
+        problem, blocks, weight_blocks, input, weight,
         None if bias is None else bias.contiguous(), target,
         None if class_weight is None else class_weight.contiguous(),
         upstream, ignore_index, label_smoothing,
@@ -1175,7 +1198,7 @@ def conv_transpose_cross_entropy_forward(
         ignore_index, label_smoothing,
     )  # fmt: skip
     walk = call.problem.phases
-    tiles = call.tiles(walk)
+    tiles = call.tiles(walk, call.blocks)
     loss, denominator = torch.empty(2, tiles, **float32)
     bad_count = torch.empty(tiles, dtype=torch.int32, device=input.device)
     bad_index = torch.empty(tiles, dtype=torch.int64, device=input.device)
