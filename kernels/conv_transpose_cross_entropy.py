@@ -913,14 +913,15 @@ class Blocks:
     """Mode and block sizes of a kernel. BLOCK_I: channels whose gradient a program sums."""
 
     MODE: str
-    HELD: bool
     OPERAND: tl.dtype
     PRECISION: str
+    HELD: bool
     BLOCK: int
     BLOCK_C: int
     BLOCK_K: int
     BLOCK_I: int
     num_warps: int
+    num_stages: int = 3
 
 
 OPERANDS = {
@@ -943,26 +944,25 @@ def tuned_blocks(
         wide = dtype == torch.float32
         block_c = min(max(16, power(C)), 32 if wide else 64)
         block_k = min(max(16, power(channels)), 16 if wide else 32)
-        held = problem.fast and max(C, channels) <= 32 and not wide
-        block = 64
+        mode = ("dot", OPERANDS[dtype], "tf32x3" if wide else "tf32")
         if of_weight:
-            held = False
             block = 16 if wide else max(32, block_c)
-        return Blocks(
-            "dot", held, OPERANDS[dtype], "tf32x3" if wide else "tf32", block, block_c, block_k,
-            block_k, block // 16,
-        )  # fmt: skip
+            walked = 16 if block_c == 64 else block_k
+            stages = 2 if wide else 3
+            return Blocks(*mode, False, block, block_c, walked, block_k, block // 16, stages)
+        held = problem.fast and max(C, channels) <= 32 and not wide
+        return Blocks(*mode, held, 64, block_c, block_k, block_k, 4)
     block_c = max(2, power(C)) if C <= 256 else 64
-    block = max(2, 256 // block_c)  # 8 elements of a tile a thread
+    block = max(2, 256 // block_c) if C <= 256 else 2  # 8 elements of a tile a thread
+    warps = max(1, block_c // 128)
     if groups == C == channels:
         held = problem.fast and C <= 256
-        return Blocks(
-            "classes", held, tl.float32, "ieee", block, block_c, block_c,
-            1 if of_weight else block_c, max(1, block_c // 128),
-        )  # fmt: skip
+        block_i = 1 if of_weight else block_c
+        mode = ("classes", tl.float32, "ieee")
+        return Blocks(*mode, held, block, block_c, block_c, block_i, warps)
     block_i = min(2, power(K)) if of_weight else min(max(2, power(channels)), 64)
-    mode = "full" if groups == 1 else "groups"
-    return Blocks(mode, False, tl.float32, "ieee", block, block_c, 1, block_i, 1)
+    mode = ("full" if groups == 1 else "groups", tl.float32, "ieee")
+    return Blocks(*mode, False, block, block_c, 1, block_i, warps)
 
 
 PROGRAMS = 1024  # of the weight's gradient: several for each multiprocessor of a large GPU
