@@ -311,9 +311,7 @@ def _slope(
         shift = finite_shift(peak)
         kept = (1.0 - smoothing) * own
         factor = own
-        hot = tl.where(
-            per_class(classes, MODE) == per_cell(label, MODE), per_cell(kept, MODE), 0.0
-        )
+        hot = tl.where(per_class(classes, MODE) == per_cell(label, MODE), per_cell(kept, MODE), 0.0)
         if HAS_SMOOTHING:
             share = tl.where(label >= 0, smoothing / C, 0.0)
             factor = kept + share * weight_sum
@@ -377,9 +375,7 @@ def _add_input_gradient(
             back = tl.trans(w).to(tl.float32)
         else:
             channels = first_channel + tl.arange(0, BLOCK_I)
-            back = load_weight_tile(
-                tap, weight, channels[None, :], classes[:, None], tl.float32
-            )
+            back = load_weight_tile(tap, weight, channels[None, :], classes[:, None], tl.float32)
         return tl.dot(dz, back, acc, input_precision=PRECISION)
     elif MODE == "classes":
         if not HELD:
@@ -522,8 +518,9 @@ def _conv_transpose_cross_entropy_kernel(
                 added = ()
                 for a in tl.static_range(TAPS):
                     tap = tap_pointer(
-                        weight, tap_y + a // TAPS_X * stride_y, tap_x + a % TAPS_X * stride_x, axis_x
-                    )
+                        weight, tap_y + a // TAPS_X * stride_y, tap_x + a % TAPS_X * stride_x,
+                        axis_x,
+                    )  # fmt: skip
                     held = dz
                     if HELD:
                         held = ws[a]
@@ -637,7 +634,7 @@ def _weight_gradient_kernel(
         i += first_row
         j += first_column
         image = n * stride_input_n
-        item_y, item_x, cell_y, cell_x, phase_y, phase_x, y, x, here = _pixels(
+        _item_y, _item_x, cell_y, cell_x, phase_y, phase_x, y, x, here = _pixels(
             item, item_columns, i, j, axis_y, axis_x, SAMPLES
         )
         here = here & mask
@@ -921,7 +918,7 @@ class Blocks:
     BLOCK_K: int
     BLOCK_I: int
     num_warps: int
-    num_stages: int = 3
+    num_stages: int = 2
 
 
 OPERANDS = {
@@ -942,16 +939,16 @@ def tuned_blocks(
     if groups == 1 and C > 1 and capability >= 80:
         # float32 operands and their parts for TF32 take four times the registers
         wide = dtype == torch.float32
-        block_c = min(max(16, power(C)), 32 if wide else 64)
+        widest = 16 if wide and (C > 32 or capability >= 120) else 32
+        block_c = min(max(16, power(C)), widest)
         block_k = min(max(16, power(channels)), 16 if wide else 32)
         mode = ("dot", OPERANDS[dtype], "tf32x3" if wide else "tf32")
-        if of_weight:
-            block = 16 if wide else max(32, block_c)
-            walked = 16 if block_c == 64 else block_k
-            stages = 2 if wide else 3
-            return Blocks(*mode, False, block, block_c, walked, block_k, block // 16, stages)
+        block = 64
         held = problem.fast and max(C, channels) <= 32 and not wide
-        return Blocks(*mode, held, 64, block_c, block_k, block_k, 4)
+        if of_weight:
+            block = 16 if wide else 32
+            held = False
+        return Blocks(*mode, held, block, block_c, block_k, block_k, block // 16)
     block_c = max(2, power(C)) if C <= 256 else 64
     block = max(2, 256 // block_c) if C <= 256 else 2  # 8 elements of a tile a thread
     warps = max(1, block_c // 128)
@@ -996,7 +993,8 @@ class _Call:
         upstream = (0, 0, 0) if self.upstream is None else self.upstream.stride()
         return (
             *walk.args(self.input.shape[0]), *self.problem.sizes, *self.weight.shape[2:],
-            *self.problem.y.args, *self.problem.x.args, *self.input.stride(), *self.target.stride(), *upstream,
+            *self.problem.y.args, *self.problem.x.args, *self.input.stride(),
+            *self.target.stride(), *upstream,
         )  # fmt: skip
 
     def constexprs(self, walk: Walk, blocks: Blocks) -> dict[str, object]:
@@ -1018,7 +1016,7 @@ def pack_operands(
 ) -> tuple[Tensor, Tensor]:
     """The weight as [kh, kw, K, C]. For the tensor cores K and C are filled up with zeros to whole
     blocks, and so are the input's channels, which become neighbours: aligned loads, no masks."""
-    C, K, per_group = problem.sizes[:3]
+    C, K = problem.sizes[:2]
     kernel = weight.shape[2:]
     packed = weight.unflatten(0, (problem.groups, K)).permute(3, 4, 1, 0, 2)
     packed = packed.reshape(*kernel, K, C)

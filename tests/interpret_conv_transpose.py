@@ -17,9 +17,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import torch
 import triton.language as tl
+from conftest import TOLERANCE
 from torch import Tensor
 
-from conftest import TOLERANCE
 from fcnseg import reference
 from fcnseg.kernels import common
 from fcnseg.kernels import conv_transpose_cross_entropy as kernels
@@ -378,9 +378,7 @@ def test_not_finite_input(mode: str, value: float, capability: int) -> None:
     for ours, theirs in zip(results, reference.conv_transpose_cross_entropy(*args), strict=True):
         assert not (theirs.isnan() & ~ours.isnan()).any()
     args = (input, weight, bias, target.shape[1:], *geometry, torch.int64)
-    assert torch.equal(
-        conv_transpose_argmax_forward(*args), reference.conv_transpose_argmax(*args)
-    )
+    assert torch.equal(conv_transpose_argmax_forward(*args), reference.conv_transpose_argmax(*args))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])

@@ -218,9 +218,7 @@ def test_opcheck() -> None:
             args = (*leaves[:2], target, leaves[2], None, *conv, 255, reduction, 0.1, [True] * 3)
             torch.library.opcheck(torch.ops.fcnseg.conv_transpose_cross_entropy.default, args)
         args = (input.detach(), weight.detach(), bias.detach(), list(target.shape[1:]), *conv)
-        torch.library.opcheck(
-            torch.ops.fcnseg.conv_transpose_argmax.default, (*args, torch.int64)
-        )
+        torch.library.opcheck(torch.ops.fcnseg.conv_transpose_argmax.default, (*args, torch.int64))
 
 
 @pytest.mark.parametrize("name", ["full", "grouped"])
