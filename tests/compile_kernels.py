@@ -282,6 +282,7 @@ def _conv_transpose(arch: int) -> Iterator[Configuration]:
         ("generic full C=19 fp32", fp32, 19, 19, 1, 2, {"kernel": 3}),
         ("generic grouped C=19 fp32", fp32, 19, 19, 19, 2, {"kernel": 3}),
     ]  # fmt: skip
+    seen: list[tuple[Any, dict[str, Any]]] = []
     for name, dtype, channels, classes, groups, stride, options in cases:
         kernel = options.get("kernel", 2 * stride)
         none, smoothing = options.get("reduction") == "none", options.get("smoothing", 0.0)
@@ -313,8 +314,10 @@ def _conv_transpose(arch: int) -> Iterator[Configuration]:
             arch, conv_transpose_argmax.conv_transpose_argmax_forward, input, weight, bias, size,
             *geometry, torch.int64,
         )  # fmt: skip
-        for compiled, arguments in launches:
-            yield name, compiled, arguments, 255
+        for launch in launches:
+            if launch not in seen:
+                seen.append(launch)
+                yield name, *launch, 255
 
 
 GENERATORS: list[Callable[[int], Iterator[Configuration]]] = [
