@@ -71,9 +71,7 @@ def _conv_transpose_argmax_kernel(
     axis_x = (stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x, w, W)
     source = (input_ptr, num_channels, stride_c, stride_h, stride_w)
     weight = (weight_ptr, bias_ptr, C, K, per_group, stored_rows, stored_columns)
-    n, i, j, _, mask = split_cells(
-        tl.program_id(0), positions, rows - 1, columns - 1, BLOCK, 1, WIDE
-    )
+    n, i, j, _, mask = split_cells(tl.program_id(0), positions, rows, columns - 1, BLOCK, 1, WIDE)
     i += first_row
     j += first_column
     image = n * stride_n

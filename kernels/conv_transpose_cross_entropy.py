@@ -24,8 +24,8 @@ more over blocks of samples: there it walks over all taps and makes dz anew for 
 second kernel's program owns one phase (or one tap), a block of channels by classes and a split of
 the cells, makes dz again and sums eq. 6 in registers; splits are added in order by
 `_gather_weight_kernel`. One kernel cannot do both: a cell's sums need all phases of few cells, a
-tap's sums all cells of few phases. The scalar reduction and the bad-label record are a launch each,
-since the factor 1/denominator is known only after the loss. No atomics; nothing of the target's
+tap's sums all cells of few phases. The scalar reduction and the bad-label record are a launch of their
+own: the factor 1/denominator is known only after the loss. No atomics; nothing of the target's
 size is written but what reduction="none" returns. More than one block of classes: the softmax is
 a first walk over them, dz a second.
 
@@ -56,8 +56,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fcnseg.kernels import common
-from fcnseg.kernels.common import load_labels, split_cells
-from fcnseg.kernels.upsample_cross_entropy import LN2, LOG2E, _reduce_kernel
+from fcnseg.kernels.common import add_to_record, load_labels, split_cells
+from fcnseg.kernels.upsample_cross_entropy import LN2, LOG2E, _gradient_scale
 
 # --- device ---------------------------------------------------------------------------------------
 
@@ -424,7 +424,7 @@ def _conv_transpose_cross_entropy_kernel(
     source = (input_ptr, num_channels, stride_input_c, stride_input_h, stride_input_w)
     weight = (weight_ptr, bias_ptr, C, K, per_group, stored_rows, stored_columns)
     TAPS: tl.constexpr = TAPS_Y * TAPS_X
-    n, i, j, _, mask = split_cells(tile, positions, rows - 1, columns - 1, BLOCK, 1, WIDE)
+    n, i, j, _, mask = split_cells(tile, positions, rows, columns - 1, BLOCK, 1, WIDE)
     i += first_row
     j += first_column
     image = n * stride_input_n
@@ -630,7 +630,7 @@ def _weight_gradient_kernel(
 
     begin = split * tiles_per_split
     for tile in range(begin, tl.minimum(begin + tiles_per_split, tiles)):
-        n, i, j, _, mask = split_cells(tile, positions, rows - 1, columns - 1, BLOCK, 1, WIDE)
+        n, i, j, _, mask = split_cells(tile, positions, rows, columns - 1, BLOCK, 1, WIDE)
         i += first_row
         j += first_column
         image = n * stride_input_n
@@ -730,6 +730,30 @@ def _weight_gradient_kernel(
 
 
 @triton.jit
+def _reduce_kernel(
+    loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, partials, target_ptr, record_ptr,
+    out_ptr, scale_ptr, H, W, stride_n, stride_h, stride_w,
+    SCALAR: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The programs' bad labels into the record; the scalar loss and the gradients' factor."""
+    add_to_record(
+        bad_count_ptr, bad_index_ptr, partials, target_ptr, record_ptr, record_ptr, H, W,
+        stride_n, stride_h, stride_w, False, BLOCK,
+    )  # fmt: skip
+    if SCALAR:
+        offs = tl.arange(0, BLOCK)
+        loss = tl.zeros([BLOCK], tl.float64)
+        for begin in range(0, partials, BLOCK):
+            part = tl.load(loss_ptr + begin + offs, mask=begin + offs < partials, other=0.0)
+            loss += part.to(tl.float64)
+        scale, poison = _gradient_scale(denominator_ptr, bad_count_ptr, partials, MEAN, BLOCK)
+        # all ignored: 0 * inf is NaN, as the mean is; the gradient is 0
+        tl.store(out_ptr, (tl.sum(loss, 0) * scale + poison).to(tl.float32))
+        scale = tl.where(scale == float("inf"), 1.0, scale)
+        tl.store(scale_ptr, (scale + poison).to(tl.float32))
+
+
+@triton.jit
 def _gather_input_kernel(
     plane_ptr, scale_ptr, grad_ptr, total, channels, h, w, rows, columns, first_row, first_column,
     stride_plane_tap, stride_plane_position, stride_plane_c,
@@ -745,14 +769,18 @@ def _gather_input_kernel(
     if stride_plane_c == 1:
         c = flat % channels
         flat = flat // channels
-    j = flat % w
-    flat = flat // w
-    i = flat % h
-    flat = flat // h
-    if stride_plane_c != 1:
+        j = flat % w
+        flat = flat // w
+        i = flat % h
+        n = flat // h
+    else:
+        j = flat % w
+        flat = flat // w
+        i = flat % h
+        flat = flat // h
         c = flat % channels
-        flat = flat // channels
-    n = flat.to(tl.int64)
+        n = flat // channels
+    n = n.to(tl.int64)
     channel = c.to(tl.int64) * stride_plane_c
     value = tl.zeros([BLOCK], tl.float32)
     for a in tl.static_range(TAPS_Y):
@@ -1209,13 +1237,14 @@ def conv_transpose_cross_entropy_forward(
             call, walk, "pixel" if none else "sum",
             (pixel_loss, loss, denominator, bad_count, bad_index), planes,
         )  # fmt: skip
-        common.add_bad_labels((bad_count, bad_index), target, record, None)
-        if none:
-            return pixel_loss, *filled
         value, scale = torch.empty((), **float32), torch.empty((), **float32)
         _reduce_kernel[(1,)](
-            loss, denominator, bad_count, tiles, value, scale, MEAN=reduction == "mean", BLOCK=1024
-        )
+            loss, denominator, bad_count, bad_index, tiles, target, record, value, scale,
+            *target.shape[1:], *target.stride(), SCALAR=not none, MEAN=reduction == "mean",
+            BLOCK=1024,
+        )  # fmt: skip
+        if none:
+            return pixel_loss, *filled
         _gradients(call, planes, scale, gradients)
     return value, *filled
 
