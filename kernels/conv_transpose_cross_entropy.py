@@ -24,10 +24,10 @@ more over blocks of samples: there it walks over all taps and makes dz anew for 
 second kernel's program owns one phase (or one tap), a block of channels by classes and a split of
 the cells, makes dz again and sums eq. 6 in registers; splits are added in order by
 `_gather_weight_kernel`. One kernel cannot do both: a cell's sums need all phases of few cells, a
-tap's sums all cells of few phases. The scalar reduction and the bad-label record are a launch of their
-own: the factor 1/denominator is known only after the loss. No atomics; nothing of the target's
-size is written but what reduction="none" returns. More than one block of classes: the softmax is
-a first walk over them, dz a second.
+tap's sums all cells of few phases. The scalar reduction and the bad-label record are a launch of
+their own: the factor 1/denominator is known only after the loss. No atomics; nothing of the
+target's size is written but what reduction="none" returns. More than one block of classes: the
+softmax is a first walk over them, dz a second.
 
 Modes. "dot": groups = 1 on the tensor cores, cells by classes; products of half operands are exact,
 sums float32. dz is rounded to nearest in TF32 (11 bits, as eager's half dz, but with the range of
