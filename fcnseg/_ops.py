@@ -109,6 +109,19 @@ def _use_triton(logits: Tensor, size: Sequence[int]) -> bool:
     return _HAS_TRITON and logits.dtype != torch.float64 and max(*logits.shape[2:], *size) < 2**22
 
 
+def _use_triton_conv(
+    input: Tensor, weight: Tensor, size: Sequence[int], conv: Sequence[Any]
+) -> bool:
+    """The kernels take every case but float64; their coordinates and phases are int32."""
+    stride, padding, _, _, dilation, crop = conv
+    reach = (
+        n * s + d * k
+        for n, s, d, k in zip(input.shape[2:], stride, dilation, weight.shape[2:], strict=True)
+    )
+    fits = max(*reach, *size, *padding, *crop) < 2**29 and max(*stride, *dilation) < 2**15
+    return _HAS_TRITON and input.dtype != torch.float64 and fits
+
+
 def _with_strides_of(gradient: Tensor, tensor: Tensor) -> Tensor:
     """``gradient`` laid out as ``tensor`` (as the fake kernels promise); a copy only if needed."""
     if gradient.numel() == 0:
@@ -225,6 +238,17 @@ def _conv_transpose_cross_entropy_cuda(
     class_weight: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if _use_triton_conv(input, weight, target.shape[1:], args[:6]):
+        from fcnseg.kernels.conv_transpose_cross_entropy import (
+            conv_transpose_cross_entropy_forward,
+        )
+
+        record = _labels.device_record(input.device)
+        result = conv_transpose_cross_entropy_forward(
+            input, weight, target, bias, class_weight, *args, record
+        )
+        _labels.check_now(input.device)
+        return result
     result = _conv_transpose_cross_entropy(input, weight, target, bias, class_weight, *args)
     num_classes, ignore_index = _conv_classes(weight, args[:6]), args[6]
     _record_bad_labels(target, _labels.bad_mask(target, num_classes, ignore_index))
@@ -284,6 +308,23 @@ def _conv_transpose_cross_entropy_backward(
     return _with_strides_of(grad_input, input), _with_strides_of(grad_weight, weight), grad_bias
 
 
+def _conv_transpose_cross_entropy_backward_cuda(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands = (grad_output, input, weight, target, bias, class_weight)
+    if not _use_triton_conv(input, weight, target.shape[1:], args[:6]):
+        return _conv_transpose_cross_entropy_backward(*operands, *args)
+    from fcnseg.kernels.conv_transpose_cross_entropy import conv_transpose_cross_entropy_backward
+
+    return conv_transpose_cross_entropy_backward(*operands, *args)
+
+
 def _scale_gradient(gradient: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     # Multiplied in the gradient's dtype and rounded once, to the dtype of `like`: the tensor that
     # the gradient is of. It also ties a double backward to that tensor, so that it can raise.
@@ -313,12 +354,13 @@ _register(
     compiled=_conv_transpose_cross_entropy_compiled,
     cpu=_conv_transpose_cross_entropy_cpu,
     cuda=_conv_transpose_cross_entropy_cuda,
+    cuda_kind=_triton_kind,
 )
 _register(
     "conv_transpose_cross_entropy_backward",
     compiled=_conv_transpose_cross_entropy_backward_compiled,
     cpu=_conv_transpose_cross_entropy_backward,
-    cuda=_conv_transpose_cross_entropy_backward,
+    cuda=_conv_transpose_cross_entropy_backward_cuda,
 )
 _register("scale_gradient", cpu=_scale_gradient, cuda=_scale_gradient)
 
@@ -340,6 +382,16 @@ def _upsample_argmax_cuda(logits: Tensor, size: Sequence[int], *args: Any) -> Te
 
 def _conv_transpose_argmax(*args: Any) -> Tensor:
     return reference.conv_transpose_argmax(*args).contiguous()
+
+
+def _conv_transpose_argmax_cuda(
+    input: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int], *args: Any
+) -> Tensor:
+    if not _use_triton_conv(input, weight, size, args[:6]):
+        return _conv_transpose_argmax(input, weight, bias, size, *args)
+    from fcnseg.kernels.conv_transpose_argmax import conv_transpose_argmax_forward
+
+    return conv_transpose_argmax_forward(input, weight, bias, size, *args)
 
 
 def _upsample_argmax_compiled(
@@ -386,7 +438,8 @@ _register(
     "conv_transpose_argmax",
     compiled=_conv_transpose_argmax_compiled,
     cpu=_conv_transpose_argmax,
-    cuda=_conv_transpose_argmax,
+    cuda=_conv_transpose_argmax_cuda,
+    cuda_kind=_triton_kind,
 )
 
 

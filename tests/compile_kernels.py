@@ -7,11 +7,13 @@ one configuration per kernel. An argument restricts it to the lines that hold it
 number of processes. It runs in processes of its own: the interpreter of Triton, which the tests
 use, cannot compile.
 
-A family of kernels adds its configurations by a generator in GENERATORS.
+A family of kernels adds its configurations by a generator in GENERATORS. CONV=1 compiles those of
+the transposed convolution instead, which take minutes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import multiprocessing
 import os
@@ -22,6 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -31,6 +34,8 @@ from triton.runtime import driver
 
 from fcnseg.kernels import (
     common,
+    conv_transpose_argmax,
+    conv_transpose_cross_entropy,
     upsample_argmax,
     upsample_confusion_matrix,
     upsample_cross_entropy,
@@ -217,11 +222,111 @@ def _confusion_matrix(arch: int) -> Iterator[Configuration]:
             yield f"C={num_classes} {_short(dtype)} {_short(labels)}", kernel, arguments, ceiling
 
 
+class _Recorder:
+    """Stands for kernels: keeps what a launcher passes instead of launching."""
+
+    def __init__(self, kernel: Any, launches: list[tuple[Any, dict[str, Any]]]) -> None:
+        self.kernel = kernel
+        self.launches = launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **constexprs: Any) -> None:
+            named = dict(zip(inspect.signature(self.kernel.fn).parameters, args, strict=False))
+            arguments = {
+                name: value.dtype if isinstance(value, torch.Tensor) else value
+                for name, value in named.items()
+            }
+            self.launches.append((self.kernel, {**arguments, **constexprs}))
+
+        return launch
+
+
+def _launches(arch: int, launcher: Callable[..., Any], *args: Any) -> list[tuple[Any, Any]]:
+    """The kernels of the transposed convolution that ``launcher`` starts, and their arguments."""
+    launches: list[tuple[Any, dict[str, Any]]] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(common, "capability", lambda device: arch))
+        for module in (conv_transpose_cross_entropy, conv_transpose_argmax):
+            for name, value in list(vars(module).items()):
+                if name.endswith("_kernel"):
+                    recorder = _Recorder(value, launches)
+                    stack.enter_context(mock.patch.object(module, name, recorder))
+        launcher(*args)
+    return launches
+
+
+def _conv_transpose(arch: int) -> Iterator[Configuration]:
+    """What the launchers start for [2, C, 64, 128] to 512 x 1024, all the arguments included."""
+    half, fp32 = torch.float16, torch.float32
+    cases: list[tuple[str, torch.dtype, int, int, int, int, dict[str, Any]]] = [
+        # name, dtype, input channels, classes, groups, stride (kernel 2 s), options
+        ("full C=19 fp16", half, 19, 19, 1, 8, {}),
+        ("full C=19 fp32", fp32, 19, 19, 1, 8, {}),
+        ("full C=21 bf16 weight smoothing", torch.bfloat16, 21, 21, 1, 8,
+         {"weighted": True, "smoothing": 0.1}),
+        ("full C=21 fp32 weight smoothing", fp32, 21, 21, 1, 8,
+         {"weighted": True, "smoothing": 0.1}),
+        ("full C=150 fp16", half, 150, 150, 1, 8, {}),
+        ("full C=150 fp32", fp32, 150, 150, 1, 8, {}),
+        ("full C=21 of 512 fp16", half, 512, 21, 1, 2, {}),
+        ("grouped C=19 fp16", half, 19, 19, 19, 8, {}),
+        ("grouped C=19 fp32", fp32, 19, 19, 19, 8, {}),
+        ("grouped C=21 bf16 weight smoothing", torch.bfloat16, 21, 21, 21, 32,
+         {"weighted": True, "smoothing": 0.1}),
+        ("grouped C=150 fp16", half, 150, 150, 150, 8, {}),
+        ("grouped C=1000 fp32", fp32, 1000, 1000, 1000, 8, {}),
+        ("between C=20 fp32", fp32, 40, 20, 4, 2, {}),
+        ("none full C=19 fp16", half, 19, 19, 1, 8, {"reduction": "none"}),
+        ("none grouped C=19 fp32", fp32, 19, 19, 19, 8, {"reduction": "none"}),
+        ("generic full C=19 fp16", half, 19, 19, 1, 2, {"kernel": 3}),
+        ("generic full C=19 fp32", fp32, 19, 19, 1, 2, {"kernel": 3}),
+        ("generic grouped C=19 fp32", fp32, 19, 19, 19, 2, {"kernel": 3}),
+    ]  # fmt: skip
+    seen: list[tuple[Any, dict[str, Any]]] = []
+    for name, dtype, channels, classes, groups, stride, options in cases:
+        kernel = options.get("kernel", 2 * stride)
+        none, smoothing = options.get("reduction") == "none", options.get("smoothing", 0.0)
+        size = (64 * stride, 128 * stride)
+        input, weight, bias, target = (
+            torch.empty(shape, dtype=kind, device="meta")
+            for shape, kind in (
+                ((2, channels, 64, 128), dtype),
+                ((channels, classes // groups, kernel, kernel), dtype),
+                ((classes,), dtype),
+                ((2, *size), torch.int64),
+            )
+        )
+        class_weight = torch.empty_like(bias, dtype=fp32) if options.get("weighted") else None
+        geometry = ((stride,) * 2, (stride // 2,) * 2, (0, 0), groups, (1, 1), (0, 0))
+        loss = (input, weight, target, bias, class_weight, *geometry, 255)
+        wanted = (True, True, True)
+        reduction = options.get("reduction", "mean")
+        launches = _launches(
+            arch, conv_transpose_cross_entropy.conv_transpose_cross_entropy_forward, *loss,
+            reduction, smoothing, wanted, bias,
+        )  # fmt: skip
+        if none:
+            launches += _launches(
+                arch, conv_transpose_cross_entropy.conv_transpose_cross_entropy_backward,
+                torch.empty_like(target, dtype=fp32), *loss, smoothing, wanted,
+            )  # fmt: skip
+        launches += _launches(
+            arch, conv_transpose_argmax.conv_transpose_argmax_forward, input, weight, bias, size,
+            *geometry, torch.int64,
+        )  # fmt: skip
+        for launch in launches:
+            if launch not in seen:
+                seen.append(launch)
+                yield name, *launch, 255
+
+
 GENERATORS: list[Callable[[int], Iterator[Configuration]]] = [
     _cross_entropy,
     _argmax,
     _confusion_matrix,
 ]
+if os.environ.get("CONV", "0") not in ("", "0"):
+    GENERATORS = [_conv_transpose]
 
 
 def configurations(arch: int) -> list[Configuration]:

@@ -353,7 +353,8 @@ def test_bad_labels_raise(reduction: str) -> None:
 def test_cuda_policy_turns_loss_and_gradients_to_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_labels, "_records", {})
     monkeypatch.delenv("FCNSEG_CHECK_LABELS", raising=False)
-    input, weight = normal((1, 3, 2, 2)), normal((3, 4, 2, 2))
+    # float64: what runs on any device
+    input, weight = (normal(shape, torch.float64) for shape in ((1, 3, 2, 2), (3, 4, 2, 2)))
     target = labels((1, 4, 4), 4)
     target[0, 1, 2] = 4
     for reduction in ("mean", "sum"):

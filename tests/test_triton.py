@@ -31,8 +31,19 @@ def test_values_in_the_interpreter() -> None:
         TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # fmt: skip
 
 
+@pytest.mark.slow
+def test_values_of_the_transposed_convolution_in_the_interpreter() -> None:
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpret_conv_transpose.py",
+        TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # fmt: skip
+
+
 def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
     run("-m", "tests.compile_kernels", TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.slow
+def test_transposed_convolution_compiles_for_every_architecture(tmp_path: Path) -> None:
+    run("-m", "tests.compile_kernels", TRITON_CACHE_DIR=str(tmp_path), CONV="1")
 
 
 def test_import_does_not_load_triton() -> None:
