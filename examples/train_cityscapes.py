@@ -39,7 +39,6 @@ DEMO = {
     "scale": (1.0, 1.0),
     "output_stride": 16,
     "epochs": 9,
-    "head_lr": 1.0,  # nothing is pretrained
     "batch_size": 4,
     "workers": 1,
     "val_interval": 3,

@@ -60,7 +60,7 @@ def build_info() -> dict[str, Any]:
         each operator the implementation behind ``cpu`` and ``cuda`` tensors, ``"c++"``,
         ``"cuda"``, ``"triton"`` or ``"reference"`` (pure PyTorch, slow).
 
-    Example:
+    Examples:
         >>> import fcnseg
         >>> fcnseg.build_info()["operators"]["upsample_argmax"]["cpu"] in ("c++", "reference")
         True

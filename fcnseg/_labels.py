@@ -105,7 +105,7 @@ def check_labels() -> None:
     Raises:
         IndexError: names the number of bad labels, the first one's value and position (n, y, x).
 
-    Example:
+    Examples:
         >>> import fcnseg
         >>> fcnseg.check_labels()
     """

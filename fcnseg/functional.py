@@ -63,7 +63,7 @@ def upsample_cross_entropy(
     Source:
         ``torch.nn.functional.interpolate`` and ``cross_entropy``.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> logits = torch.zeros(1, 4, 2, 2, requires_grad=True)
         >>> target = torch.zeros(1, 16, 16, dtype=torch.uint8)
@@ -148,7 +148,7 @@ def conv_transpose_cross_entropy(
         ``torch.nn.functional.conv_transpose2d`` and ``cross_entropy``; Long, Shelhamer and
         Darrell, "Fully convolutional networks for semantic segmentation", 2015.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> input, weight = torch.zeros(1, 4, 2, 2), torch.ones(4, 1, 4, 4)
         >>> target = torch.zeros(1, 4, 4, dtype=torch.uint8)
@@ -230,7 +230,7 @@ def upsample_argmax(
     Source:
         ``torch.nn.functional.interpolate``, ``torch.argmax``.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> logits = torch.tensor([[[[0.0, 1.0]], [[0.5, 0.5]]]])  # [1, 2, 1, 2]
         >>> fcnseg.upsample_argmax(logits, (1, 4))
@@ -281,7 +281,7 @@ def conv_transpose_argmax(
     Source:
         ``torch.nn.functional.conv_transpose2d``, ``torch.argmax``.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> input = torch.tensor([[[[0.0, 1.0]], [[0.5, 0.5]]]])  # [1, 2, 1, 2]
         >>> fcnseg.conv_transpose_argmax(input, torch.ones(2, 1, 1, 2), (1, 4), stride=(1, 2),
@@ -337,7 +337,7 @@ def confusion_matrix(
     Source:
         ``torch.bincount``.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> fcnseg.confusion_matrix(torch.tensor([0, 1, 1]), torch.tensor([0, 0, 1]), 2)
         tensor([[1, 1],
@@ -368,7 +368,7 @@ def confusion_matrix_(
     Source:
         ``torch.bincount``.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> matrix = torch.zeros(2, 2, dtype=torch.int64)
         >>> fcnseg.confusion_matrix_(matrix, torch.tensor([0, 1]), torch.tensor([0, 0]))
@@ -409,7 +409,7 @@ def upsample_confusion_matrix(
     Source:
         ``torch.nn.functional.interpolate``, ``torch.argmax``, ``torch.bincount``.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> logits = torch.tensor([[[[0.0, 1.0]], [[0.5, 0.5]]]])  # labels 1 1 0 0
         >>> fcnseg.upsample_confusion_matrix(logits, torch.tensor([[[1, 0, 0, 0]]]))
@@ -448,7 +448,7 @@ def upsample_confusion_matrix_(
     Source:
         ``torch.nn.functional.interpolate``, ``torch.argmax``, ``torch.bincount``.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> matrix = torch.zeros(2, 2, dtype=torch.int64)
         >>> logits = torch.tensor([[[[0.0, 1.0]], [[0.5, 0.5]]]])  # labels 1 1 0 0

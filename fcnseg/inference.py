@@ -68,7 +68,7 @@ class Inference:
         Sliding windows weighted by a Gaussian: Isensee et al., "nnU-Net", Nature Methods 2021;
         scales and mirror images: Chen et al., "DeepLab", TPAMI 2018, section 4.1.2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fcnseg.models import fcn_resnet18
         >>> model = fcn_resnet18(19, output_stride=32).eval()

@@ -30,7 +30,7 @@ class UpsampleCrossEntropyLoss(nn.Module):
         weight: class weights ``[C]``, kept as a buffer; None weighs classes alike.
         ignore_index, reduction, label_smoothing, align_corners, scale_factor: as in the function.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> criterion = fcnseg.UpsampleCrossEntropyLoss(ignore_index=255)
         >>> target = torch.zeros(1, 8, 8, dtype=torch.uint8)
@@ -85,7 +85,7 @@ class ConvTransposeCrossEntropyLoss(nn.Module):
         class_weight: class weights ``[C]``, kept as a non-persistent buffer.
         ignore_index, reduction, label_smoothing: as in the function.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> criterion = fcnseg.ConvTransposeCrossEntropyLoss(4, 4, 4, stride=2, padding=1, groups=4)
         >>> target = torch.zeros(1, 4, 4, dtype=torch.uint8)
@@ -199,7 +199,7 @@ def ohem_mask(
         Example Mining", CVPR 2016; per pixel, with these two limits: Wu, Shen and van den Hengel,
         "Bridging Category-level and Instance-level Semantic Image Segmentation", 2016.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fcnseg.losses import ohem_mask
         >>> loss = torch.tensor([0.1, 0.2, 0.0, 2.0])
@@ -245,7 +245,7 @@ def focal(loss: Tensor, gamma: float = 2.0) -> Tensor:
     Source:
         Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, eq. 4.
 
-    Example:
+    Examples:
         >>> import math, torch
         >>> from fcnseg.losses import focal
         >>> focal(torch.tensor([0.0, math.log(2)]), gamma=1.0)  # p_y = 1, 1/2
@@ -298,7 +298,7 @@ def pixel_mean(
     Note:
         A bad label on CUDA, whose loss is NaN, makes the mean NaN.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> from fcnseg.losses import pixel_mean
         >>> logits, target = torch.zeros(1, 4, 2, 2), torch.zeros(1, 8, 8, dtype=torch.uint8)
@@ -349,7 +349,7 @@ class SegmentationLoss(nn.Module):
     Raises:
         ValueError, TypeError: an argument has the wrong type or value.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fcnseg.losses import SegmentationLoss
         >>> from fcnseg.models import fcn_resnet18
@@ -453,7 +453,7 @@ def class_counts(
         ValueError, TypeError: an argument has the wrong type or value.
         IndexError: (CPU) a label outside [0, C).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fcnseg.losses import class_counts
         >>> class_counts([torch.tensor([0, 0, 255, 1]), torch.tensor([0, 0])], 3)
@@ -507,7 +507,7 @@ def class_weights(
         median: Eigen and Fergus, ICCV 2015, section 6.3.2; effective: Cui et al., "Class-Balanced
         Loss Based on Effective Number of Samples", CVPR 2019; enet: Paszke et al., "ENet", 2016.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from fcnseg.losses import class_weights
         >>> class_weights(torch.tensor([[30, 15, 5], [30, 15, 5]]), "median")

@@ -27,7 +27,7 @@ class ConfusionMatrix(nn.Module):
         invalid: int64 scalar, the CUDA pixels left out because a label was outside [0, C) (on the
             CPU ``update`` raises instead).
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> metric = fcnseg.ConfusionMatrix(2, ignore_index=255)
         >>> metric.update(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 0, 255]]))
@@ -177,7 +177,7 @@ def scores(matrix: Tensor) -> Scores:
         Long, Shelhamer and Darrell, "Fully convolutional networks for semantic segmentation",
         2015, section 5.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> fcnseg.metrics.scores(torch.tensor([[3, 1], [0, 4]])).mean_iou
         0.775
@@ -224,7 +224,7 @@ def format_scores(scores: Scores, classes: Sequence[str]) -> str:
     Raises:
         ValueError: there is not one name per class.
 
-    Example:
+    Examples:
         >>> import torch, fcnseg
         >>> result = fcnseg.metrics.scores(torch.tensor([[3, 1], [0, 4]]))
         >>> print(fcnseg.metrics.format_scores(result, ["road", "sky"]))

@@ -363,8 +363,9 @@ def normalise(
         TypeError: `images` is not uint8 or `dtype` is not a floating-point type.
         ValueError: `images` has another shape.
 
-    >>> normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).flatten()
-    tensor([2.2489, 2.4286, 2.6400])
+    Examples:
+        >>> normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).flatten()
+        tensor([2.2489, 2.4286, 2.6400])
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images: expected uint8, got {images.dtype}")

@@ -54,8 +54,9 @@ def distance(p: npt.ArrayLike, q: npt.ArrayLike) -> float:
     Source: Endres, Schindelin, "A new metric for probability distributions", IEEE Transactions on
     Information Theory 49(7), 2003.
 
-    >>> distance([1, 1], [2, 2]), distance([1, 0], [0, 1])
-    (0.0, 1.0)
+    Examples:
+        >>> distance([1, 1], [2, 2]), distance([1, 0], [0, 1])
+        (0.0, 1.0)
     """
     a, b = np.asarray(p, np.float64), np.asarray(q, np.float64)
     if a.sum() == 0 or b.sum() == 0:

@@ -26,8 +26,9 @@ class DistributedEvalSampler(Sampler[int]):
         ValueError: ``num_replicas`` or ``rank`` is out of range, or only one is given, or neither
             is and torch.distributed is not initialised.
 
-    >>> [list(DistributedEvalSampler(range(5), num_replicas=2, rank=r)) for r in (0, 1)]
-    [[0, 2, 4], [1, 3]]
+    Examples:
+        >>> [list(DistributedEvalSampler(range(5), num_replicas=2, rank=r)) for r in (0, 1)]
+        [[0, 2, 4], [1, 3]]
     """
 
     def __init__(

@@ -79,10 +79,11 @@ def stratify(
         The order and the due parts follow Sechidis, Tsoumakas, Vlahavas, "On the Stratification of
         Multi-Label Data", ECML PKDD 2011; here a class counts by its pixels, not by its presence.
 
-    >>> counts = np.array([[9, 0], [9, 1], [9, 0], [9, 1]])
-    >>> split = stratify(counts, [2, 2])
-    >>> [int(counts[split == s, 1].sum()) for s in (0, 1)]
-    [1, 1]
+    Examples:
+        >>> counts = np.array([[9, 0], [9, 1], [9, 0], [9, 1]])
+        >>> split = stratify(counts, [2, 2])
+        >>> [int(counts[split == s, 1].sum()) for s in (0, 1)]
+        [1, 1]
     """
     n = len(counts)
     if min(sizes, default=0) < 1 or sum(sizes) != n:

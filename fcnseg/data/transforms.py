@@ -53,10 +53,11 @@ class TrainTransform:
         ValueError: an argument is out of range.
         ImportError: albumentations is not installed.
 
-    >>> transform = TrainTransform((8, 16), seed=1)
-    >>> image, label = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
-    >>> [array.shape for array in transform(image, label, epoch=0, index=5)]
-    [(8, 16, 3), (8, 16)]
+    Examples:
+        >>> transform = TrainTransform((8, 16), seed=1)
+        >>> image, label = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
+        >>> [array.shape for array in transform(image, label, epoch=0, index=5)]
+        [(8, 16, 3), (8, 16)]
     """
 
     def __init__(

@@ -261,9 +261,10 @@ class FCN(nn.Module):
         Raises:
             ValueError: size is not that of x and upsampling is "deconv".
 
-        >>> model = fcn_resnet18(19, output_stride=32).eval()
-        >>> model.predict(torch.zeros(1, 3, 64, 96)).shape
-        torch.Size([1, 64, 96])
+        Examples:
+            >>> model = fcn_resnet18(19, output_stride=32).eval()
+            >>> model.predict(torch.zeros(1, 3, 64, 96)).shape
+            torch.Size([1, 64, 96])
         """
         if size is None:
             size = (x.shape[-2], x.shape[-1])

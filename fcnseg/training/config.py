@@ -78,8 +78,8 @@ class TrainConfig:
         accumulate: a step computes its batch in this many parts, one after the other; the loss and
             the gradient stay those of the whole batch.
         lr, momentum, nesterov, weight_decay: of SGD.
-        head_lr: the heads' learning rate (deconvolution included) is this many times ``lr``; made
-            for a pretrained trunk, 1 is as good a choice without one.
+        head_lr: the heads' learning rate (deconvolution included) is this many times ``lr``; 10 is
+            usual where the trunk is pretrained.
         decay_all: decay also batch normalisation and biases.
         clip_norm: largest norm of the gradient; 0 for no limit.
         ema: decay per step of averaged weights, which are then validated and kept as the best;
@@ -108,8 +108,9 @@ class TrainConfig:
     Raises:
         ConfigError: a field is of the wrong type or out of range.
 
-    >>> TrainConfig(data_root="data", output="run", epochs=30).warmup
-    2.0
+    Examples:
+        >>> TrainConfig(data_root="data", output="run", epochs=30).warmup
+        2.0
     """
 
     data_root: str
@@ -147,7 +148,7 @@ class TrainConfig:
     batch_size: int = 16
     accumulate: int = 1
     lr: float = 0.01
-    head_lr: float = 10.0
+    head_lr: float = 1.0
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 5e-4

@@ -41,8 +41,9 @@ def lr_factor(
         Loshchilov and Hutter, SGDR (eq. 5, one period); Liu, Rabinovich and Berg, ParseNet (poly);
         Goyal et al. (gradual warm-up).
 
-    >>> [round(lr_factor(s, total_steps=8, warmup_steps=2), 3) for s in range(8)]
-    [0.5, 1.0, 1.0, 0.933, 0.75, 0.5, 0.25, 0.067]
+    Examples:
+        >>> [round(lr_factor(s, total_steps=8, warmup_steps=2), 3) for s in range(8)]
+        [0.5, 1.0, 1.0, 0.933, 0.75, 0.5, 0.25, 0.067]
     """
     if kind not in SCHEDULES:
         raise ValueError(f"kind: expected one of {', '.join(SCHEDULES)}, got {kind!r}")
