@@ -31,19 +31,26 @@ def test_values_in_the_interpreter() -> None:
         TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # fmt: skip
 
 
-@pytest.mark.slow
-def test_values_of_the_transposed_convolution_in_the_interpreter() -> None:
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpret_conv_transpose.py",
-        TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # fmt: skip
+CONV_TRANSPOSE_QUICK = "geometry or bad_label or not_finite or ties or only_wanted or dtypes"
+
+
+@pytest.mark.parametrize(
+    "selected", [CONV_TRANSPOSE_QUICK, pytest.param("test", marks=pytest.mark.slow)]
+)
+def test_values_of_the_transposed_convolution_in_the_interpreter(selected: str) -> None:
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpret_conv_transpose.py", "-k",
+        selected, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # fmt: skip
 
 
 def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
     run("-m", "tests.compile_kernels", TRITON_CACHE_DIR=str(tmp_path))
 
 
-@pytest.mark.slow
-def test_transposed_convolution_compiles_for_every_architecture(tmp_path: Path) -> None:
-    run("-m", "tests.compile_kernels", TRITON_CACHE_DIR=str(tmp_path), CONV="1")
+@pytest.mark.parametrize("selected", ["C=19 fp16", pytest.param("", marks=pytest.mark.slow)])
+def test_transposed_convolution_compiles_for_every_architecture(
+    selected: str, tmp_path: Path
+) -> None:
+    run("-m", "tests.compile_kernels", selected, TRITON_CACHE_DIR=str(tmp_path), CONV="1")
 
 
 def test_import_does_not_load_triton() -> None:
