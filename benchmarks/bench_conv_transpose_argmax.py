@@ -1,4 +1,4 @@
-"""conv_transpose_argmax against F.conv_transpose2d + argmax, on the CPU.
+"""conv_transpose_argmax against F.conv_transpose2d + argmax.
 
 python benchmarks/bench_conv_transpose_argmax.py [--cases CASE ...]     (see harness.py)
 """
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_conv_transpose_cross_entropy import STANDARD, Case
-from harness import PAGE_KEEPING, Mode, main, require_compiled, time_case
+from bench_conv_transpose_cross_entropy import LARGE, STANDARD, Case
+from harness import PAGE_KEEPING, Mode, Work, main, require_compiled, time_case
 from torch import Tensor
 
 import fcnseg
@@ -24,6 +24,15 @@ CASES = {
     "grouped, stride 32": Case((2, 19, 16, 32), (512, 1024)),
 }
 SUMMARY = list(CASES)[:1]
+CUDA_CASES = {
+    "grouped, fp16": Case(*LARGE, dtype=torch.float16),
+    "full, fp16": Case(*LARGE, dtype=torch.float16, grouped=False),
+    "grouped, fp32": Case(*LARGE),
+}
+
+
+def eager_argmax(input: Tensor, weight: Tensor, bias: Tensor, **geometry: int) -> Tensor:
+    return F.conv_transpose2d(input, weight, bias, **geometry).argmax(1)
 
 
 def implementation(name: str, case: Case) -> Callable[[], Tensor]:
@@ -31,7 +40,20 @@ def implementation(name: str, case: Case) -> Callable[[], Tensor]:
     input, weight, bias, _ = case.operands()
     if name == "fused":
         return lambda: fcnseg.conv_transpose_argmax(input, weight, case.size, bias, **case.geometry)
-    return lambda: F.conv_transpose2d(input, weight, bias, **case.geometry).argmax(1)
+    argmax = eager_argmax
+    if name == "compile":
+        torch._dynamo.reset()
+        argmax = torch.compile(eager_argmax, dynamic=False)
+    return lambda: argmax(input, weight, bias, **case.geometry)
+
+
+def work(case: Case) -> Work:
+    """A multiply-add per pixel, class, tap and channel; labels in int64."""
+    (N, C, h, w), (H, W) = case.shape, case.size
+    channels = 1 if case.grouped else C
+    weights = C * channels * (2 * case.stride) ** 2
+    read = (N * C * h * w + weights) * case.dtype.itemsize
+    return Work(read, 8 * N * H * W, N * H * W * C * 4 * channels)
 
 
 def check(case: Case) -> None:
@@ -47,7 +69,7 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["eager", "fused"])
+@pytest.mark.parametrize("name", ["eager", "compile", "fused"])
 def test_time(benchmark: Any, case: str, name: str) -> None:
     require_compiled("conv_transpose_argmax")
     torch.set_num_threads(2)
@@ -60,9 +82,9 @@ if __name__ == "__main__":
     main(
         __file__,
         [
-            Mode("", ["eager", "fused"], list(CASES)),
+            Mode("", ["eager", "compile", "fused"], list(CASES)),
             Mode("eager with page-keeping malloc", ["eager"], list(CASES), PAGE_KEEPING),
         ],
-        ["eager", "eager with page-keeping malloc"],
+        ["eager", "eager with page-keeping malloc", "compile"],
         list(CASES),
     )

@@ -1,4 +1,4 @@
-"""conv_transpose_cross_entropy against F.conv_transpose2d + F.cross_entropy, on the CPU.
+"""conv_transpose_cross_entropy against F.conv_transpose2d + F.cross_entropy.
 
 python benchmarks/bench_conv_transpose_cross_entropy.py [--cases CASE ...]     (see harness.py)
 """
@@ -66,10 +66,20 @@ CASES = {
     "grouped, reduction none": Case(*STANDARD, reduction="none"),
     "grouped, forward only": Case(*STANDARD, backward=False),
 }
+LARGE = ((8, 19, 96, 96), (768, 768))
+CUDA_CASES = {
+    "grouped, fp16": Case(*LARGE, dtype=torch.float16),
+    "grouped, fp32": Case(*LARGE),
+    "full, fp16": Case(*LARGE, dtype=torch.float16, grouped=False),
+    "full, fp32": Case(*LARGE, grouped=False),
+    "full, 150 classes, fp16": Case(
+        (2, 150, 64, 64), (512, 512), dtype=torch.float16, grouped=False
+    ),
+}
 MAIN = list(CASES)[:3]
 SUMMARY = list(CASES)[:2]
 #: Error allowed beyond eager's.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def eager_loss(
@@ -175,11 +185,10 @@ if __name__ == "__main__":
     main(
         __file__,
         [
-            Mode("", ["eager", "fused"], list(CASES)),
+            Mode("", ["eager", "compile", "fused"], list(CASES)),
             Mode("AVX2", ["eager", "fused"], MAIN[:2], {"FCNSEG_CPU_CAPABILITY": "avx2"}),
             Mode("eager with page-keeping malloc", ["eager"], MAIN[:2], PAGE_KEEPING),
-            Mode("torch.compile", ["compile"], MAIN[:2]),
         ],
-        ["eager", "eager with page-keeping malloc", "torch.compile"],
+        ["eager", "eager with page-keeping malloc", "compile"],
         list(CASES),
     )

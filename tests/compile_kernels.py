@@ -43,7 +43,7 @@ from fcnseg.kernels import (
 
 ARCHS = (70, 75, 80, 86, 89, 90, 100, 120)
 ALL_CONFIGURATIONS = (70, 90)
-# Bytes of shared memory: what needs no opt-in, and from Ampere on, where tl.dot stages its operands,
+# Bytes of shared memory: what needs no opt-in; from Ampere on, where tl.dot stages its operands,
 # what still lets several programs share a multiprocessor (opt-in limits: 99 to 227 KB).
 MAX_SHARED = {arch: 48 * 1024 if arch < 80 else 64 * 1024 for arch in ARCHS}
 FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.[\w.:]*\.(?:f16|bf16|f32|f64|f16x2|bf16x2)\b")
