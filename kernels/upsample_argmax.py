@@ -26,7 +26,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fcnseg.kernels import common
-from fcnseg.kernels.common import cell_axis, corner_offsets, load_corners, source, split_cells
+from fcnseg.kernels.common import (
+    cell_axis,
+    corner_offsets,
+    load_corners,
+    source,
+    split_cells,
+    store_pixels,
+)
 
 
 @triton.jit
@@ -92,7 +99,7 @@ def _upsample_argmax_kernel(
             here = (column < columns[None, :]) & (first_row + r < rows)[None, :]
             y = (y0 + first_row + r).to(tl.int64)[None, :]
             offs = (n[None, :] * H + y) * W + x
-            tl.store(label_ptr + offs, labels[r].to(label_ptr.dtype.element_ty), mask=here)
+            store_pixels(label_ptr, offs, labels[r].to(label_ptr.dtype.element_ty), here)
 
 
 def tuned_lanes(geo: common.Geometry) -> common.Lanes:
