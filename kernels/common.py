@@ -35,8 +35,7 @@ from torch import Tensor
 NO_INDEX = tl.constexpr(2**63 - 1)
 
 #: Arguments that Triton shall not specialise (1, multiples of 16): compile once for all sizes and
-#: layouts. A stride of 1 would also show the compiler contiguous columns: it would deal them to
-#: lanes to coalesce loads, and each sum over the columns of a cell would become an exchange.
+#: layouts.
 RUNTIME = [
     "cells", "tiles", "partials", "blocks", "bands", "band_rows", "C", "h", "w", "H", "W",
     "ignore_index", "copies", "stride_n", "stride_c", "stride_h", "stride_w",
