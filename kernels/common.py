@@ -12,8 +12,8 @@
    cells and a lane takes one cell, or one of the SPLIT vertical strips of a wide one. It holds
    ROWS x COLUMNS pixels at a time in registers: ROWS variables [COLUMNS, BLOCK]. With the lanes in
    the last dimension and BLOCK = 32 num_warps, Triton's default layout keeps COLUMNS in a thread,
-   so that a sum over the columns of a cell needs no exchange. Larger cells loop. Pixels are loaded
-   and stored flat, [COLUMNS BLOCK]: in two dimensions Triton 3.6 would deal columns to lanes.
+   so that a sum over the columns of a cell needs no exchange. Larger cells loop. Where columns are
+   summed, pixels are loaded and stored flat, [COLUMNS BLOCK]: else 3.6 deals columns to lanes.
 5. A label is bad outside [0, C) and different from ignore_index. Each program writes how many it
    met and the lowest flat index; a program of the gathering kernel adds them up: no atomics, the
    same answer every time.

@@ -26,14 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fcnseg.kernels import common
-from fcnseg.kernels.common import (
-    cell_axis,
-    corner_offsets,
-    load_corners,
-    source,
-    split_cells,
-    store_pixels,
-)
+from fcnseg.kernels.common import cell_axis, corner_offsets, load_corners, source, split_cells
 
 
 @triton.jit
@@ -99,7 +92,8 @@ def _upsample_argmax_kernel(
             here = (column < columns[None, :]) & (first_row + r < rows)[None, :]
             y = (y0 + first_row + r).to(tl.int64)[None, :]
             offs = (n[None, :] * H + y) * W + x
-            store_pixels(label_ptr, offs, labels[r].to(label_ptr.dtype.element_ty), here)
+            # in two dimensions: nothing is summed, and Triton makes lanes write whole sectors
+            tl.store(label_ptr + offs, labels[r].to(label_ptr.dtype.element_ty), mask=here)
 
 
 def tuned_lanes(geo: common.Geometry) -> common.Lanes:
