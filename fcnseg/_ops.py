@@ -328,7 +328,9 @@ def _conv_transpose_cross_entropy_backward_cuda(
 def _scale_gradient(gradient: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     # Multiplied in the gradient's dtype and rounded once, to the dtype of `like`: the tensor that
     # the gradient is of. It also ties a double backward to that tensor, so that it can raise.
-    return (gradient * scale.to(gradient.dtype)).to(like.dtype)
+    # As an output that dtype needs no wider product in memory on CUDA.
+    scaled = torch.empty_like(gradient, dtype=like.dtype)
+    return torch.mul(gradient, scale.to(gradient.dtype), out=scaled)
 
 
 def _record_bad_labels(labels: Tensor, bad: Tensor) -> None:

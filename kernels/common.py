@@ -12,7 +12,8 @@
    cells and a lane takes one cell, or one of the SPLIT vertical strips of a wide one. It holds
    ROWS x COLUMNS pixels at a time in registers: ROWS variables [COLUMNS, BLOCK]. With the lanes in
    the last dimension and BLOCK = 32 num_warps, Triton's default layout keeps COLUMNS in a thread,
-   so that a sum over the columns of a cell needs no exchange. Larger cells loop.
+   so that a sum over the columns of a cell needs no exchange. Larger cells loop. Where columns are
+   summed, pixels are loaded and stored flat, [COLUMNS BLOCK]: else 3.6 deals columns to lanes.
 5. A label is bad outside [0, C) and different from ignore_index. Each program writes how many it
    met and the lowest flat index; a program of the gathering kernel adds them up: no atomics, the
    same answer every time.
@@ -34,8 +35,7 @@ from torch import Tensor
 NO_INDEX = tl.constexpr(2**63 - 1)
 
 #: Arguments that Triton shall not specialise (1, multiples of 16): compile once for all sizes and
-#: layouts. A stride of 1 would also show the compiler contiguous columns: it would deal them to
-#: lanes to coalesce loads, and each sum over the columns of a cell would become an exchange.
+#: layouts.
 RUNTIME = [
     "cells", "tiles", "partials", "blocks", "bands", "band_rows", "C", "h", "w", "H", "W",
     "ignore_index", "copies", "stride_n", "stride_c", "stride_h", "stride_w",
@@ -126,9 +126,23 @@ def load_corners(logits_ptr, corners, c, stride_c):
 
 
 @triton.jit
+def load_pixels(ptr, offs, mask, other):
+    """Elements at offs, [COLUMNS, BLOCK] (eq. 4)."""
+    flat = tl.reshape(offs, [offs.numel])
+    value = tl.load(ptr + flat, mask=tl.reshape(mask, [offs.numel]), other=other)
+    return tl.reshape(value, offs.shape)
+
+
+@triton.jit
+def store_pixels(ptr, offs, value, mask):
+    flat = tl.reshape(offs, [offs.numel])
+    tl.store(ptr + flat, tl.reshape(value, [offs.numel]), mask=tl.reshape(mask, [offs.numel]))
+
+
+@triton.jit
 def load_labels(target_ptr, offs, mask, C, ignore_index):
     """Class, -1 where ignored, bad or outside ``mask``; and the mask of bad labels (eq. 5)."""
-    label = tl.load(target_ptr + offs, mask=mask, other=0)
+    label = load_pixels(target_ptr, offs, mask, 0)
     if target_ptr.dtype.element_ty == tl.int64:
         good = label.to(tl.uint64, bitcast=True) < tl.cast(C, tl.uint64)
     else:

@@ -92,6 +92,7 @@ def _upsample_argmax_kernel(
             here = (column < columns[None, :]) & (first_row + r < rows)[None, :]
             y = (y0 + first_row + r).to(tl.int64)[None, :]
             offs = (n[None, :] * H + y) * W + x
+            # in two dimensions: nothing is summed, and Triton makes lanes write whole sectors
             tl.store(label_ptr + offs, labels[r].to(label_ptr.dtype.element_ty), mask=here)
 
 

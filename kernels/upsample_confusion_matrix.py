@@ -85,14 +85,14 @@ def _upsample_confusion_matrix_kernel(
                 label, bad = load_labels(target_ptr, offs, here, C, ignore_index)
                 flat = (n[None, :] * H + y) * W + x
                 bad_count, bad_index = count_bad(bad, flat, bad_count, bad_index)
-                cell = label * C + predictions[r]
+                cell = tl.where(label >= 0, label * C + predictions[r], -1)
+                cell = tl.reshape(cell, [COLUMNS * BLOCK])  # as in load_pixels
                 if BINS > 0:
-                    cell = tl.where(label >= 0, cell, BINS - 1)  # a bin past the matrix
-                    cell = tl.reshape(cell, [COLUMNS * BLOCK])
+                    cell = tl.where(cell >= 0, cell, BINS - 1)  # a bin past the matrix
                     histogram += tl.histogram(cell, BINS).to(tl.int64)
                 else:
-                    one = tl.full([COLUMNS, BLOCK], 1, copies_ptr.dtype.element_ty)
-                    tl.atomic_add(copy_ptr + cell, one, mask=label >= 0, sem="relaxed")
+                    one = tl.full([COLUMNS * BLOCK], 1, copies_ptr.dtype.element_ty)
+                    tl.atomic_add(copy_ptr + cell, one, mask=cell >= 0, sem="relaxed")
     if BINS > 0:
         bins = tl.arange(0, BINS)
         truth = bins // C

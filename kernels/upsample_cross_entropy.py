@@ -56,7 +56,9 @@ from fcnseg.kernels.common import (
     count_bad,
     load_corners,
     load_labels,
+    load_pixels,
     split_cells,
+    store_pixels,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -183,10 +185,10 @@ def _load_labelled(
 ):  # fmt: skip
     """z of each pixel's own class, in units of log 2, less shift: [COLUMNS, BLOCK]."""
     offs = tl.where(valid, label, 0).to(tl.int64) * stride_c
-    a00 = tl.load(logits_ptr + (offs + corners[0][None, :]), mask=valid, other=0.0).to(tl.float32)
-    a01 = tl.load(logits_ptr + (offs + corners[1][None, :]), mask=valid, other=0.0).to(tl.float32)
-    a10 = tl.load(logits_ptr + (offs + corners[2][None, :]), mask=valid, other=0.0).to(tl.float32)
-    a11 = tl.load(logits_ptr + (offs + corners[3][None, :]), mask=valid, other=0.0).to(tl.float32)
+    a00 = load_pixels(logits_ptr, offs + corners[0][None, :], valid, 0.0).to(tl.float32)
+    a01 = load_pixels(logits_ptr, offs + corners[1][None, :], valid, 0.0).to(tl.float32)
+    a10 = load_pixels(logits_ptr, offs + corners[2][None, :], valid, 0.0).to(tl.float32)
+    a11 = load_pixels(logits_ptr, offs + corners[3][None, :], valid, 0.0).to(tl.float32)
     return _interpolate(_relative((a00, a01, a10, a11), shift[None, :]), weight_x, weight_y)
 
 
@@ -360,7 +362,7 @@ def _upsample_cross_entropy_kernel(
                 log_sum = tl.log2(exponentials) * LN2
                 own = tl.where(valid, 1.0, 0.0)
                 if HAS_WEIGHT:
-                    own = tl.load(weight_ptr + label, mask=valid, other=0.0).to(tl.float32)
+                    own = load_pixels(weight_ptr, label, valid, 0.0).to(tl.float32)
                 factor = own  # A of eq. 3
                 if HAS_SMOOTHING:
                     factor = kept * own + tl.where(valid, share * weight_sum, 0.0)
@@ -376,13 +378,13 @@ def _upsample_cross_entropy_kernel(
                     if WITH_GRAD:
                         offs = (n * stride_upstream_n + y * stride_upstream_h)[None, :]
                         offs += x * stride_upstream_w
-                        upstream = tl.load(upstream_ptr + offs, mask=here, other=0.0)
+                        upstream = load_pixels(upstream_ptr, offs, here, 0.0)
                         upstream = tl.where(valid, upstream.to(tl.float32), 0.0)
                         upstream = tl.where(bad, float("nan"), upstream)
                     else:
                         pixel_loss = tl.where(bad, float("nan"), pixel_loss)
                         offs = (n * stride_loss_n + y * stride_loss_h)[None, :] + x * stride_loss_w
-                        tl.store(pixel_loss_ptr + offs, pixel_loss, mask=here)
+                        store_pixels(pixel_loss_ptr, offs, pixel_loss, here)
                 else:
                     loss += tl.sum(pixel_loss, 0)
                     denominator += tl.sum(own, 0)
@@ -475,7 +477,7 @@ def _upsample_cross_entropy_kernel(
                                     unlabelled = here & (label < 0)
                                     offs = (n * stride_loss_n + y * stride_loss_h)[None, :]
                                     offs += x * stride_loss_w
-                                    tl.store(pixel_loss_ptr + offs, loss_here, mask=unlabelled)
+                                    store_pixels(pixel_loss_ptr, offs, loss_here, unlabelled)
                         words = words + (word,)
 
                 # pass 1 (eq. 2)
@@ -521,7 +523,7 @@ def _upsample_cross_entropy_kernel(
                     own = tl.where(valid, 1.0, 0.0)
                     upstream = own
                     if HAS_WEIGHT:
-                        own = tl.load(weight_ptr + label, mask=valid, other=0.0).to(tl.float32)
+                        own = load_pixels(weight_ptr, label, valid, 0.0).to(tl.float32)
                     factor = own
                     if HAS_SMOOTHING:
                         factor = kept * own + tl.where(valid, share * weight_sum, 0.0)
@@ -550,14 +552,14 @@ def _upsample_cross_entropy_kernel(
                         if PER_PIXEL:
                             offs = (n * stride_loss_n + y * stride_loss_h)[None, :]
                             offs += x * stride_loss_w
-                            tl.store(pixel_loss_ptr + offs, pixel_loss * LN2, mask=valid)
+                            store_pixels(pixel_loss_ptr, offs, pixel_loss * LN2, valid)
                         else:
                             loss_2 += tl.sum(pixel_loss, 0)
                     else:
                         if PER_PIXEL:
                             offs = (n * stride_upstream_n + y * stride_upstream_h)[None, :]
                             offs += x * stride_upstream_w
-                            upstream = tl.load(upstream_ptr + offs, mask=valid, other=0.0)
+                            upstream = load_pixels(upstream_ptr, offs, valid, 0.0)
                             upstream = upstream.to(tl.float32)
                             hots = hots + (kept * own * upstream,)
                             factor *= upstream
