@@ -199,9 +199,9 @@ constexpr int64_t kTileBytes = 128 << 10;  // of logits
 constexpr int64_t kDepthwiseTileBytes = 24 << 10;
 constexpr int64_t kTileCells = 128;
 
-// Of the columns' phases: those of one chunk at the rows' phase of a pass.
+// A tap of a chunk at the rows' phase of a pass: its places in phases[f] of the two axes.
 struct TapOf {
-  int64_t row, column;  // place in phases[f] of the axes; row -1: padding
+  int64_t row, column;  // row -1: padding
 };
 
 // What all passes share. Real: the type of the arithmetic.
