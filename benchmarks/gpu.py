@@ -1,4 +1,4 @@
-"""make gpu: what a CUDA machine can show, without a network, in under eight minutes.
+"""make gpu: what a CUDA machine can show, without a network, in about eight minutes.
 
     python benchmarks/gpu.py [--parts PART ...] [--device cuda|cpu] [--quick]
 
@@ -11,7 +11,9 @@ with the Python that sees the GPU. Parts, each in processes of its own and for a
     ncu         Nsight Compute on the loss
     sanitizer   compute-sanitizer over the kernels
 
-A part that fails does not stop the others; a tool that is missing is named. $OUT (else
+The Python needs torch, Triton, NumPy, pytest, and for the build pybind11, ninja, wheel and
+setuptools >= 77. A part that fails does not stop the others, but nothing follows a failed build; a
+tool that is missing, or a part for which no time is left, is named. $OUT (else
 benchmarks/results) gets the JSON, the table is printed last, and the exit status is 1 if a part
 failed. --device cpu --quick runs the same code on tiny problems, as a test does.
 
@@ -46,11 +48,14 @@ BOXES = {
 }
 PROBE = """
 import json, torch
+import importlib.util
+missing = [n for n in ("pybind11", "wheel", "pytest", "triton") if not importlib.util.find_spec(n)]
 found = torch.cuda.is_available()
 print(json.dumps({
     "torch": torch.__version__,
     "cuda": torch.version.cuda,
     "device": torch.cuda.get_device_name() if found else None,
+    "missing": missing,
     "capability": list(torch.cuda.get_device_capability()) if found else None,
 }))
 """
@@ -71,6 +76,8 @@ def probe() -> dict:
         sys.exit(f"make gpu: no CUDA device: torch {found['torch']}: {reason}. "
                  "Run it on a machine with an NVIDIA GPU, or choose the Python that sees it "
                  "with: make gpu PYTHON=...")  # fmt: skip
+    if found["missing"]:
+        sys.exit(f"make gpu: {sys.executable} lacks {', '.join(found['missing'])}")
     return found
 
 
@@ -145,15 +152,23 @@ def main() -> int:
         if isinstance(command, str):
             outcomes[name] = f"skipped: {command}"
             continue
-        print(f"\n=== {name}", flush=True)
         part = time.monotonic()
         left = LIMIT - (part - start)
+        if left < 15:
+            outcomes[name] = f"skipped: no time left: --parts {name} runs it alone"
+            continue
+        if outcomes.get("build", "").startswith("FAILED"):
+            outcomes[name] = "skipped: the build failed"
+            continue
+        print(f"\n=== {name}", flush=True)
         limit = min(BOXES[name], left)
         if name == "benchmarks":  # it ends itself, and keeps what it has
             command = [*command, "--timeout", f"{max(limit - 15, 1):.0f}"]
-        reason = call(command, limit, environment) if left > 5 else "no time left"
+        reason = call(command, limit, environment)
         seconds = time.monotonic() - part
         outcomes[name] = f"FAILED: {reason}" if reason else f"passed in {seconds:.0f} s"
+        if reason and name == "ncu":  # often for root alone
+            outcomes[name] = f"skipped: {reason} (may this user read performance counters?)"
     print("\n=== result", flush=True)
     tables = [path for path in folder.glob("gpu_*.json") if path.stat().st_mtime >= began]
     for table in tables:

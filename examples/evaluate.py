@@ -93,9 +93,9 @@ def open_network(args: argparse.Namespace) -> Network:
     precision = args.precision or run.config.precision
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a CUDA device; on the CPU use bf16 or fp32")
-    if precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
+    backends: Any = torch.backends  # as in training, whose fp32 is not rounded to tf32
+    exact = "tf32" if precision == "tf32" else "ieee"
+    backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = exact
     run.model.to(device)
     if run.config.channels_last:
         run.model.to(memory_format=torch.channels_last)
@@ -184,6 +184,10 @@ def make_parser() -> argparse.ArgumentParser:
     images = parser.add_argument_group("images")
     images.add_argument("--data-root", type=Path, help="default: the run's")
     images.add_argument("--split", default="val", help="default: val")
+    images.add_argument(
+        "--split-file",
+        help='default: the run\'s; "published" for the split that the data set comes with',
+    )
     images.add_argument("--batch-size", type=int, help="default: the run's, of its validation")
     images.add_argument("--workers", type=int, default=2, help="that load images (default: 2)")
     output = parser.add_argument_group("output")
@@ -205,7 +209,14 @@ def main() -> int:
         network = open_network(args)
         config = network.run.config
         root = args.data_root or config.data_root
-        dataset = data.open_dataset(config.dataset, root, args.split, data.EvalTransform())
+        split_file = args.split_file or config.split_file
+        dataset = data.open_dataset(
+            config.dataset,
+            root,
+            args.split,
+            data.EvalTransform(),
+            split_file=None if split_file == "published" else split_file,
+        )
         matrix = evaluate(network, dataset, args).cpu()
         result = scores(matrix)
         print(format_scores(result, dataset.classes))

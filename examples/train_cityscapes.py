@@ -17,7 +17,9 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from fcnseg.data.synthetic import write_cityscapes
 from fcnseg.training import (
@@ -301,6 +303,13 @@ def draw_data(args: argparse.Namespace) -> None:
     write_cityscapes(args.data_root, **DEMO_IMAGES)  # kept if it is there already
 
 
+def _leave() -> NoReturn:
+    """Ends this process at once: leaving in order would wait for others that wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def main() -> int:
     world = World.from_environment()
     try:
@@ -318,9 +327,13 @@ def main() -> int:
         rank = f"rank {world.rank}: " if world.size > 1 else ""
         print(f"error: {rank}{text}", file=sys.stderr, flush=True)
         if world.size > 1:
-            sys.stdout.flush()
-            os._exit(1)  # leaving in order would wait for processes that wait for this one
+            _leave()
         return 1
+    except BaseException:
+        if world.size > 1:  # out of memory, say
+            traceback.print_exc()
+            _leave()
+        raise
     if result.interrupted:
         if world.main:
             print(

@@ -83,7 +83,8 @@ def add_to_record(record: Tensor, labels: Tensor, bad: Tensor) -> None:
         labels, bad = labels.flatten(0, -3), bad.flatten(0, -3)
     count = bad.sum()
     flat = bad.flatten().to(torch.uint8).argmax()
-    value = labels.flatten()[flat].to(torch.int64)
+    # not labels[flat], which would wait for the device
+    value = torch.take(labels.to(torch.int64), flat)
     position = []
     for size in reversed(labels.shape):
         position.append(flat % size)

@@ -388,7 +388,8 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         config = TrainConfig(**state["config"])
         dataset = data._DATASETS[config.dataset]
         model = loop.build_model(config, len(dataset.classes))
-        model.load_state_dict(state["model"])
+        # The averaged weights of a run with ``ema``, where the checkpoint is its last one.
+        model.load_state_dict(state.get("average") or state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         # A state dict that does not fit is reported name by name.
         text = " ".join(str(error).split())[:300]

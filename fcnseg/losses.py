@@ -432,7 +432,11 @@ class SegmentationLoss(nn.Module):
                 x, target, ignore_index=self.ignore_index, reduction="none"
             ).items()
         }
-        return means["out"] + self.aux_weight * means["aux"] if "aux" in means else means["out"]
+        mean = means["out"] + self.aux_weight * means["aux"] if "aux" in means else means["out"]
+        if self.ohem_threshold is None:
+            return mean
+        # Without a count a part of a batch must not be NaN for want of a valid pixel.
+        return torch.where((target != self.ignore_index).any(), mean, 0.0)
 
 
 def class_counts(

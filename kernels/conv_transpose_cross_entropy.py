@@ -574,7 +574,8 @@ def _conv_transpose_cross_entropy_kernel(
         offs += per_class(channels.to(tl.int64) * stride_plane_c, MODE)
         inside = per_cell(mask, MODE) & per_class(channels < num_channels, MODE)
         for a in tl.static_range(TAPS):
-            tl.store(plane_ptr + a * stride_plane_tap + offs, accs[a], mask=inside)
+            plane = tl.cast(stride_plane_tap, tl.int64) * a
+            tl.store(plane_ptr + plane + offs, accs[a], mask=inside)
 
 
 @triton.jit
@@ -789,7 +790,8 @@ def _gather_input_kernel(
             column = j + b - first_column
             inside = mask & (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
             position = (n * rows + row) * columns + column
-            offs = (a * TAPS_X + b) * stride_plane_tap + position * stride_plane_position + channel
+            plane = tl.cast(stride_plane_tap, tl.int64) * (a * TAPS_X + b)
+            offs = plane + position * stride_plane_position + channel
             value += tl.load(plane_ptr + offs, mask=inside, other=0.0)
     if HAS_SCALE:
         value *= tl.load(scale_ptr)

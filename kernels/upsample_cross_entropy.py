@@ -901,7 +901,7 @@ def upsample_cross_entropy_forward(
     empty = torch.empty(0, dtype=torch.float32, device=logits.device)
     if logits.shape[0] == 0:
         if none:
-            return torch.empty_like(target, dtype=torch.float32), empty
+            return torch.empty(target.shape, dtype=torch.float32, device=logits.device), empty
         value = torch.full(
             (),
             float("nan" if reduction == "mean" else 0),

@@ -1,4 +1,4 @@
-"""Small calls of every Triton kernel and path, for ``sanitize_gpu.sh``."""
+"""Small calls of every kernel and path, for ``sanitize_gpu.sh``."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ def main() -> None:
         except IndexError:
             continue
         raise AssertionError("bad labels were not recorded")
+    for groups in (1, 19):  # transposed convolution: full and per class
+        leaves = [torch.randn(2, 19, 5, 7), torch.randn(19, 19 // groups, 4, 4), torch.randn(19)]
+        input, weight, bias = (leaf.cuda().requires_grad_() for leaf in leaves)
+        target19 = torch.randint(0, 19, (2, 10, 14)).cuda()
+        geometry = {"stride": 2, "padding": 1, "groups": groups}
+        for reduction in ("mean", "none"):
+            fcnseg.conv_transpose_cross_entropy(
+                input, weight, target19, bias, reduction=reduction, **geometry
+            ).sum().backward()
+        labels = fcnseg.conv_transpose_argmax(input, weight, (10, 14), bias, **geometry)
+        fcnseg.confusion_matrix(labels, target19, 19)
     run(logits, target.clamp(0, 299), torch.rand(300).cuda())
     fcnseg.upsample_cross_entropy(logits, target.clamp(0, 299))
 

@@ -431,7 +431,7 @@ def test_make_gpu_continues_past_a_failing_part(
         return [sys.executable, "-c", code]
 
     parts = {
-        "build": python("raise SystemExit(3)"),
+        "profile": python("raise SystemExit(3)"),
         "tests": python("import time; time.sleep(60)"),
         "sanitizer": "compute-sanitizer is not on the PATH",
         "benchmarks": python("print('it ran')"),
@@ -445,10 +445,16 @@ def test_make_gpu_continues_past_a_failing_part(
     assert time.monotonic() - start < 20
     out, error = capfd.readouterr()
     assert "it ran" in out
-    assert "build: FAILED: exit status 3" in out and "tests: FAILED: no end after 0 s" in out
+    assert "profile: FAILED: exit status 3" in out and "tests: FAILED: no end after 0 s" in out
     assert "sanitizer: skipped: compute-sanitizer is not on the PATH" in out
     assert "benchmarks: passed" in out
-    assert error.endswith("make gpu: failed: build, tests\n")
+    assert error.endswith("make gpu: failed: profile, tests\n")
+
+    parts["build"] = python("raise SystemExit(4)")  # nothing is worth doing after that
+    parts["tests"] = parts.pop("tests")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--parts", "build", "tests"])
+    assert gpu.main() == 1
+    assert "tests: skipped: the build failed" in capfd.readouterr().out
 
 
 def test_make_gpu_takes_the_files_with_gpu_tests() -> None:

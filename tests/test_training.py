@@ -507,7 +507,7 @@ def test_schedule_refuses_bad_kinds() -> None:
 
 def test_parameter_groups(tmp_path: Path) -> None:
     model = fcnseg.models.fcn_resnet18(3, output_stride=32, upsample="deconv", head="plain")
-    config = settings(tmp_path, lr=0.1, weight_decay=0.01)
+    config = settings(tmp_path, lr=0.1, weight_decay=0.01, head_lr=10.0)
     groups = {
         (group["lr"], group["weight_decay"]): {id(p) for p in group["params"]}
         for group in optimizer.parameter_groups(model, config)
@@ -521,7 +521,7 @@ def test_parameter_groups(tmp_path: Path) -> None:
     assert sum(map(len, groups.values())) == len(seen)
     assert seen["backbone.bn1.weight"] == (0.1, 0.0) and seen["classifier.bias"] == (1.0, 0.0)
     assert seen["deconv.weight"] == (1.0, 0.01)
-    plain = settings(tmp_path, lr=0.1, weight_decay=0.01, head_lr=1.0, decay_all=True)
+    plain = settings(tmp_path, lr=0.1, weight_decay=0.01, decay_all=True)
     assert len(optimizer.parameter_groups(model, plain)) == 1
 
 

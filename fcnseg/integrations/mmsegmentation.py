@@ -96,17 +96,27 @@ def _cross_entropy(head: Any, loss: Any, seg_logits: Tensor, target: Tensor) -> 
     weight = loss.class_weight
     if weight is not None:
         weight = torch.as_tensor(weight, dtype=torch.float32, device=seg_logits.device)
-    # Without avg_non_ignore the mean is over all pixels, ignored ones included.
-    over_all = loss.reduction == "mean" and not loss.avg_non_ignore
+    mean = loss.reduction == "mean"
     value = functional.upsample_cross_entropy(
         seg_logits,
         target,
         weight=weight,
         ignore_index=-100 if head.ignore_index is None else head.ignore_index,
-        reduction="sum" if over_all else loss.reduction,
+        reduction="sum",
         align_corners=head.align_corners,
     )
-    return loss.loss_weight * (value / target.numel() if over_all else value)
+    if mean:
+        # Without avg_non_ignore over all pixels, ignored ones included; 0 where none counts.
+        count: Any = target.numel()
+        if loss.avg_non_ignore:
+            valid = torch.ones_like(target, dtype=torch.bool)
+            if head.ignore_index is not None:
+                valid = target != head.ignore_index
+            # a bad label, whose loss is an error already, must not be an index
+            labels = target.clamp(0, head.out_channels - 1)
+            count = (valid if weight is None else torch.where(valid, weight[labels], 0.0)).sum()
+        value = value / (count + torch.finfo(torch.float32).eps)
+    return loss.loss_weight * value
 
 
 def _accuracy(head: Any, seg_logits: Tensor, target: Tensor) -> Tensor:

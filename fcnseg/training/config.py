@@ -32,6 +32,7 @@ _FREE_ON_RESUME = frozenset(
         "pretrained",
         "workers",
         "max_steps",
+        "cuda_graphs",
         "patience",
         "log_interval",
         "checkpoint_interval",
@@ -76,7 +77,7 @@ class TrainConfig:
             ``lr_step_epochs``.
         batch_size: images per step, of all processes together.
         accumulate: a step computes its batch in this many parts, one after the other; the loss and
-            the gradient stay those of the whole batch.
+            the gradient stay those of the whole batch (``"ohem"`` chooses in each part by itself).
         lr, momentum, nesterov, weight_decay: of SGD.
         head_lr: the heads' learning rate (deconvolution included) is this many times ``lr``; 10 is
             usual where the trunk is pretrained.
@@ -254,8 +255,16 @@ class TrainConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the fields to ``path`` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Writes the fields to ``path`` as JSON; a file that is there is replaced whole or kept."""
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        if Path(path).exists() and Path(path).read_text() == text:
+            return
+        temporary = Path(f"{os.fspath(path)}.tmp")
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -284,9 +293,9 @@ class TrainConfig:
         loss may.
         """
         changed = [
-            f"{name} was {saved.get(name)!r}, is {value!r}"
+            f"{name} was {before!r}, is {value!r}"
             for name, value in self.to_dict().items()
-            if name not in _FREE_ON_RESUME and saved.get(name) != value
+            if name not in _FREE_ON_RESUME and (before := saved.get(name)) != value
         ]
         if changed:
             raise ConfigError(f"resume: not the same run: {'; '.join(changed)}")

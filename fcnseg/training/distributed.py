@@ -92,12 +92,12 @@ def join(device: torch.device) -> Iterator[World]:
         PeerError: inside, where a process that this one waited for is gone.
     """
     world = World.from_environment()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)  # where streams, graphs and random states are taken from
     if world.size == 1:
         yield world
         return
-    cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
         yield world

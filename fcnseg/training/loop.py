@@ -315,13 +315,18 @@ class Trainer:
         if world.size > 1:
             # PyTorch's notes ask for a side stream, in case the step is captured.
             on_cuda = self.device.type == "cuda"
-            with torch.cuda.stream(torch.cuda.Stream() if on_cuda else None):
+            side = torch.cuda.Stream() if on_cuda else None
+            if side is not None:
+                side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
                 objective = DistributedDataParallel(
                     objective,
                     # Rank 0's running statistics go to all: those of the checkpoint.
                     device_ids=[self.device.index] if on_cuda else None,
                     gradient_as_bucket_view=True,
                 )
+            if side is not None:
+                torch.cuda.current_stream().wait_stream(side)
         self.optimizer = optimizer.make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.train_step = TrainStep(
