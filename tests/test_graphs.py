@@ -26,7 +26,13 @@ def network() -> nn.Sequential:
 def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
     first, rest = [model[0].weight], [p for p in model.parameters() if p is not model[0].weight]  # type: ignore[index]
     groups = [{"params": first}, {"params": rest, "lr": 1.0, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=1e-2, fused=True, **options)
+    optimizer = torch.optim.SGD(
+        groups, lr=0.1, momentum=0.9, weight_decay=1e-2, fused=True, **options
+    )
+    for parameter in model.parameters():
+        # A first step that a GradScaler skips leaves it uninitialised otherwise.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def batches(count: int = 5, size: int = 4) -> list[tuple[Tensor, Tensor]]:

@@ -392,7 +392,9 @@ def cuda_loss(logits, target, reduction):
 
 
 def test_cuda_policy_turns_the_loss_to_nan_and_keeps_a_record(no_records):
-    logits, target = normal((2, 5, 3, 3)), labels((2, 12, 12), 5, torch.uint8, ignore=255)
+    # float64: what runs on any device
+    logits = normal((2, 5, 3, 3), torch.float64)
+    target = labels((2, 12, 12), 5, torch.uint8, ignore=255)
     loss, gradient = cuda_loss(logits, target, "mean")
     assert loss.isfinite() and gradient.isfinite().all()
     fcnseg.check_labels()
@@ -408,7 +410,7 @@ def test_cuda_policy_turns_the_loss_to_nan_and_keeps_a_record(no_records):
 
 
 def test_cuda_policy_without_reduction(no_records):
-    logits, target = normal((2, 5, 3, 3)), labels((2, 12, 12), 5)
+    logits, target = normal((2, 5, 3, 3), torch.float64), labels((2, 12, 12), 5)
     target[1, 0, 11] = 7
     loss, _ = cuda_loss(logits, target, "none")
     assert loss.isnan().nonzero().tolist() == [[1, 0, 11]]
@@ -434,9 +436,9 @@ def test_environment_asks_for_a_check_at_every_call(no_records, monkeypatch):
     target = torch.full((1, 4, 4), 7)
     monkeypatch.setenv("FCNSEG_CHECK_LABELS", "1")
     with pytest.raises(IndexError, match="prediction holds 16 values outside the allowed classes"):
-        cuda_loss(normal((1, 5, 2, 2)), target, "mean")
+        cuda_loss(normal((1, 5, 2, 2), torch.float64), target, "mean")
     monkeypatch.setenv("FCNSEG_CHECK_LABELS", "0")
-    cuda_loss(normal((1, 5, 2, 2)), target, "mean")
+    cuda_loss(normal((1, 5, 2, 2), torch.float64), target, "mean")
 
 
 # -- the module --------------------------------------------------------------------------------
