@@ -109,9 +109,7 @@ def _cross_entropy(head: Any, loss: Any, seg_logits: Tensor, target: Tensor) -> 
         # Without avg_non_ignore over all pixels, ignored ones included; 0 where none counts.
         count: Any = target.numel()
         if loss.avg_non_ignore:
-            valid = torch.ones_like(target, dtype=torch.bool)
-            if head.ignore_index is not None:
-                valid = target != head.ignore_index
+            valid = _valid(head, target)
             # a bad label, whose loss is an error already, must not be an index
             labels = target.clamp(0, head.out_channels - 1)
             count = (valid if weight is None else torch.where(valid, weight[labels], 0.0)).sum()
@@ -119,14 +117,19 @@ def _cross_entropy(head: Any, loss: Any, seg_logits: Tensor, target: Tensor) -> 
     return loss.loss_weight * value
 
 
+def _valid(head: Any, target: Tensor) -> Tensor:
+    """The pixels that count, bool [N, H, W]."""
+    if head.ignore_index is None:
+        return torch.ones_like(target, dtype=torch.bool)
+    return target != head.ignore_index
+
+
 def _accuracy(head: Any, seg_logits: Tensor, target: Tensor) -> Tensor:
     """Per cent of the valid pixels, shape [1], as ``mmseg.models.losses.accuracy``."""
     labels = functional.upsample_argmax(
         seg_logits, target.shape[1:], align_corners=head.align_corners
     )
-    valid = torch.ones_like(target, dtype=torch.bool)
-    if head.ignore_index is not None:
-        valid = target != head.ignore_index
+    valid = _valid(head, target)
     correct = ((labels == target) & valid).sum()
     epsilon = torch.finfo(torch.float32).eps
     return (correct.float() * (100.0 / (valid.sum() + epsilon)))[None]

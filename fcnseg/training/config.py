@@ -293,9 +293,9 @@ class TrainConfig:
         loss may.
         """
         changed = [
-            f"{name} was {before!r}, is {value!r}"
+            f"{name} was {saved.get(name)!r}, is {value!r}"
             for name, value in self.to_dict().items()
-            if name not in _FREE_ON_RESUME and (before := saved.get(name)) != value
+            if name not in _FREE_ON_RESUME and saved.get(name) != value
         ]
         if changed:
             raise ConfigError(f"resume: not the same run: {'; '.join(changed)}")
