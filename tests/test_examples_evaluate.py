@@ -10,14 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("cv2")
 pytest.importorskip("albumentations")
 pytest.importorskip("tensorboard")
 
+import cv2
 from PIL import Image
 
 from fcnseg import data, training

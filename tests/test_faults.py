@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -16,13 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import cv2
 import pytest
 import torch
 
+pytest.importorskip("cv2")
 pytest.importorskip("albumentations")
 pytest.importorskip("tensorboard")
 
+import cv2
 from test_checkpoint import ENVIRONMENT, records, without_timing
 from test_training import EXAMPLE, Pictures, settings, trainer
 
@@ -175,17 +177,66 @@ class Mortal(Pictures):
         return super().__getitem__(index)
 
 
+def run_with_a_dying_worker(output: Path) -> None:
+    pictures = Mortal(18)
+    pictures.fatal = EpochBatches(18, 4, 0).batch(0, 3)[0]
+    trainer(settings(output, epochs=1, workers=1, checkpoint_interval=1), pictures).run()
+
+
 def test_dying_worker_is_said_and_the_run_is_continued(tmp_path: Path) -> None:
     trainer(settings(tmp_path / "unbroken", epochs=1)).run()
-    output, pictures = tmp_path / "broken", Mortal(18)
-    pictures.fatal = EpochBatches(18, 4, 0).batch(0, 3)[0]
-    said = r"(Killed|exited unexpectedly).*fewer workers than 1.*checkpoint is of step"
-    with pytest.raises(WorkerError, match=said):
-        trainer(settings(output, epochs=1, workers=1, checkpoint_interval=1), pictures).run()
+    output = tmp_path / "broken"
+    # In a process of its own: PyTorch raises in the handler of the worker's SIGCHLD, wherever the
+    # main thread happens to be, and that may be within pytest.
+    call = (
+        "import pathlib, sys, test_faults; "
+        "test_faults.run_with_a_dying_worker(pathlib.Path(sys.argv[1]))"
+    )
+    same = ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in one order
+    died = subprocess.run(
+        [sys.executable, "-c", call, str(output)], env=same, cwd=Path(__file__).parent,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert died.returncode == 1, died.stderr
+    said = (
+        r"WorkerError: .*(Killed|exited unexpectedly).*fewer workers than 1.*checkpoint is of step"
+    )
+    assert re.search(said, died.stderr), died.stderr
     assert 1 <= saved_step(output) <= 3  # the worker loads ahead
     resumed = settings(output, epochs=1, resume=True, checkpoint_interval=1)
     trainer(resumed, Pictures(18)).run()
     assert outcome(output) == outcome(tmp_path / "unbroken")
+
+
+class Failing(Pictures):
+    def __getitem__(self, index: int) -> Any:
+        raise self.error  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError("server"), RuntimeError("DataLoader worker")]
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_of_the_data_set_is_no_dead_worker(
+    tmp_path: Path, error: Exception, workers: int
+) -> None:
+    pictures = Failing(18)
+    pictures.error = error  # type: ignore[attr-defined]
+    with pytest.raises(type(error), match=str(error)) as caught:
+        trainer(settings(tmp_path, workers=workers), pictures).run()
+    assert not isinstance(caught.value, WorkerError)
+
+
+def test_broken_pipe_of_a_worker_is_its_death(tmp_path: Path) -> None:
+    def dies() -> Any:
+        raise ConnectionResetError("Connection reset by peer")
+        yield
+
+    made = trainer(settings(tmp_path, workers=3))
+    made._loader = lambda *_, **__: dies()  # type: ignore[method-assign]
+    said = "unexpectedly .ConnectionResetError.: .*fewer workers than 3.*no checkpoint"
+    with pytest.raises(WorkerError, match=said):
+        made.run()
 
 
 def start_example(data_root: Path, output: Path, *arguments: object) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -372,6 +372,19 @@ class Trainer:
             **batching,
         )
 
+    def _batches(
+        self, dataset: SegmentationDataset, **batching: Any
+    ) -> Iterator[tuple[Sequence[Tensor], tuple[Tensor, ...]]]:
+        """What a :class:`Prefetcher` gives of a data set."""
+        try:
+            yield from Prefetcher(self._loader(dataset, **batching), self.device)
+        except (ConnectionError, EOFError) as error:
+            if not self.config.workers or "in DataLoader worker" in str(error):
+                raise  # the data set's own
+            # It died while it handed over a tensor, and this was seen before its signal.
+            reason = f"DataLoader worker exited unexpectedly ({type(error).__name__})"
+            raise WorkerError(self._worker_died(reason)) from error
+
     def _normalised(self, images: Tensor) -> Tensor:
         return data.normalise(images, memory_format=self.memory_format)
 
@@ -499,8 +512,10 @@ class Trainer:
         except BaseException as error:
             with contextlib.suppress(Exception):  # a full disk, again: the first error counts
                 self._close_logs()
-            if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-                raise WorkerError(self._worker_died(error)) from error
+            lines = str(error).splitlines() if isinstance(error, RuntimeError) else []
+            reason = next((line for line in lines if "DataLoader worker (pid" in line), None)
+            if reason is not None and not isinstance(error, WorkerError):
+                raise WorkerError(self._worker_died(reason)) from error
             raise
         self._close_logs()
         best = None if self.stopping or not self.world.main else self._report()
@@ -527,12 +542,10 @@ class Trainer:
             if log is not None:
                 log.close()
 
-    def _worker_died(self, error: RuntimeError) -> str:
-        """The first line of PyTorch's message and what can be done."""
-        reason = next(x for x in str(error).splitlines() if "DataLoader worker" in x).strip()
+    def _worker_died(self, reason: str) -> str:
         return (
-            f"{reason.rstrip('.')}: a process that loads data died (out of memory, perhaps: try "
-            f"fewer workers than {self.config.workers}); {self._last_checkpoint()}"
+            f"{reason.strip().rstrip('.')}: a process that loads data died (out of memory, "
+            f"perhaps: try fewer workers than {self.config.workers}); {self._last_checkpoint()}"
         )
 
     def _last_checkpoint(self) -> str:
@@ -576,8 +589,8 @@ class Trainer:
         )
         with bar:
             if not self._out_of_steps():
-                loader = self._loader(self.train_set, batch_sampler=self.batches)
-                for (_, target), batch in Prefetcher(loader, self.device):
+                batches = self._batches(self.train_set, batch_sampler=self.batches)
+                for (_, target), batch in batches:
                     valid = bool((target != self.train_set.ignore_index).any())
                     valid, self.stopping = self.world.any(valid, self.interrupt.set)
                     if self.stopping:
@@ -728,9 +741,7 @@ class Trainer:
         if world.size > 1:
             batching["sampler"] = DistributedEvalSampler(self.val_set, world.size, world.rank)
         with torch.no_grad(), self._autocast():
-            for _, (images, target) in Prefetcher(
-                self._loader(self.val_set, **batching), self.device
-            ):
+            for _, (images, target) in self._batches(self.val_set, **batching):
                 model.update_confusion_matrix(
                     matrix.matrix, self._normalised(images), target, ignore_index=ignore_index
                 )
