@@ -93,9 +93,9 @@ def open_network(args: argparse.Namespace) -> Network:
     precision = args.precision or run.config.precision
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a CUDA device; on the CPU use bf16 or fp32")
-    backends: Any = torch.backends  # as in training, whose fp32 is not rounded to tf32
-    exact = "tf32" if precision == "tf32" else "ieee"
-    backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = exact
+    # as in training, whose fp32 is not rounded to tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     run.model.to(device)
     if run.config.channels_last:
         run.model.to(memory_format=torch.channels_last)

@@ -635,6 +635,19 @@ def test_compiled_trunk(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_tf32_is_set_for_the_run_and_as_it_was_afterwards(tmp_path: Path, precision: str) -> None:
+    def flags() -> tuple[bool, ...]:
+        # what torch.export reads; raises where the ways to set it were mixed
+        backends = torch.backends
+        return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark
+
+    before = flags()
+    with loop._numerics(settings(tmp_path, precision=precision), torch.device("cuda")):
+        assert flags() == (precision == "tf32", precision == "tf32", True)
+    assert flags() == before
+
+
 def test_compile_needs_a_trunk(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="compile: the model has no backbone"):
         trainer(settings(tmp_path, compile=True))

@@ -203,25 +203,27 @@ def _init_worker(worker_id: int) -> None:
 def _numerics(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """PyTorch's global switches as the run wants them, and as they were afterwards."""
     backends: Any = torch.backends  # whose modules do not declare all that they have
-    matmul, conv = backends.cuda.matmul, backends.cudnn.conv
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    # Written as allow_tf32, which parts of PyTorch (torch.export) still read and which raises once
+    # fp32_precision was written; read as fp32_precision, which never raises.
     before = (
-        matmul.fp32_precision,
-        conv.fp32_precision,
-        torch.backends.cudnn.benchmark,
+        matmul.fp32_precision == "tf32",
+        cudnn.conv.fp32_precision == "tf32",
+        cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    precision = "tf32" if config.precision == "tf32" else "ieee"
     if config.deterministic:  # read when cuBLAS starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         if device.type == "cuda":
-            matmul.fp32_precision = conv.fp32_precision = precision
-            torch.backends.cudnn.benchmark = not config.deterministic
+            matmul.allow_tf32 = cudnn.allow_tf32 = config.precision == "tf32"
+            cudnn.benchmark = not config.deterministic
         torch.use_deterministic_algorithms(config.deterministic or before[3], warn_only=False)
         yield
     finally:
-        matmul.fp32_precision, conv.fp32_precision, torch.backends.cudnn.benchmark = before[:3]
+        if device.type == "cuda":
+            matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before[:3]
         torch.use_deterministic_algorithms(before[3], warn_only=before[4])
 
 
