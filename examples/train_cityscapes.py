@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fcnseg.data.synthetic import write_cityscapes
+from fcnseg.graphs import CaptureError
 from fcnseg.training import (
     CheckpointError,
     DivergedError,
@@ -319,7 +320,8 @@ def main() -> int:
         del args.config
         result = train(TrainConfig(**vars(args)))
     except (
-        ValueError, IndexError, OSError, CheckpointError, DivergedError, WorkerError, PeerError
+        ValueError, IndexError, OSError,
+        CaptureError, CheckpointError, DivergedError, PeerError, WorkerError,
     ) as error:  # fmt: skip
         text = str(error).strip() or type(error).__name__
         # An error from a data worker carries the worker's traceback; its last line says it all.

@@ -24,6 +24,11 @@ from torch import Tensor
 
 from fcnseg import _labels
 
+
+class CaptureError(RuntimeError):
+    """A capture broke off in a way that this process cannot recover from."""
+
+
 # What PyTorch's notes ask for before a capture: some eager steps, more where DDP rebuilds buckets.
 _WARMUP, _WARMUP_DDP = 3, 11
 
@@ -175,6 +180,8 @@ class GraphedTrainStep:
     The first calls with a shape run eagerly on the capture's stream: they are steps like any other.
     Then the step is captured and, from there on, replayed; a batch is copied into the static inputs
     without waiting. Where a capture is impossible, all steps run eagerly and ``reason`` says why.
+    That is known before the first step, or from a capture in which the step raised an error; a step
+    that waits for the device, though, spoils its capture for good (see Raises).
 
     Args:
         step: a :class:`TrainStep`, or any function of tensors that returns one tensor and keeps
@@ -186,6 +193,13 @@ class GraphedTrainStep:
     Attributes:
         reason: why the steps run eagerly, or None.
         captures: graphs captured so far.
+
+    Raises:
+        CaptureError: by a call: CUDA declared the capture invalid, as it does where the step waits
+            for the device. PyTorch's allocator and random generators then may stay as they are
+            within a capture, in which memory used on two streams is never given back and dropout
+            fails; so the process must end. Nothing was computed: the state is that of the step
+            before.
 
     Note:
         After a replay ``parameter.grad`` is what the captured step left there: valid until a step
@@ -267,8 +281,18 @@ class GraphedTrainStep:
             ):
                 output = self.step(*static)
         except RuntimeError as error:
+            ended = _ended(graph)
+            # The step's own error, where ending its capture raised another one after it.
+            first = error if ended else error.__context__ or error
+            reason = str(first).strip().partition("\n")[0] or type(first).__name__
+            if not ended:
+                raise CaptureError(
+                    f"the capture of a CUDA graph broke off and cannot be undone: {reason}; start "
+                    "again without CUDA graphs (cuda_graphs=False, --no-cuda-graphs)"
+                ) from error
             torch.cuda.synchronize()
-            self._give_up(f"the capture failed: {str(error).strip().partition(chr(10))[0]}")
+            graph.reset()  # its memory goes back to the pool
+            self._give_up(f"the capture failed: {reason}")
             reset = getattr(self.step, "reset", None)
             if reset is not None:
                 reset()
@@ -280,6 +304,19 @@ class GraphedTrainStep:
         self.reason = reason
         self._graphs.clear()
         warnings.warn(f"fcnseg.graphs: steps run eagerly: {reason}", stacklevel=3)
+
+
+def _ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether a capture came to its end, so that allocator and generators left it too.
+
+    By its own comment ``CUDAGraph.reset`` cannot bring them back where it did not, and nothing
+    tells how they stand; but a graph names its pool only after they have left the capture.
+    """
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def _distributed() -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fcnseg import graphs
-from fcnseg.graphs import GraphedTrainStep, Prefetcher, TrainStep
+from fcnseg.graphs import CaptureError, GraphedTrainStep, Prefetcher, TrainStep
 
 CPU = torch.device("cpu")
 FACTORS = [0.5, 1.0, 0.7, 0.2, 0.1]
@@ -257,6 +257,84 @@ def test_a_batch_on_the_cpu_is_said_and_computed(monkeypatch: pytest.MonkeyPatch
     with pytest.warns(UserWarning, match="the batch is on cpu, expected cuda"):
         assert graphed(torch.zeros(())).item() == 1
     assert graphed.reason == "the batch is on cpu, expected cuda"
+
+
+class Capture:
+    """In place of ``torch.cuda.CUDAGraph`` and ``torch.cuda.graph``: a capture without a device."""
+
+    def __init__(self, valid: bool) -> None:
+        self.valid, self.ended, self.resets = valid, False, 0
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        if not self.valid:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.ended = True
+
+    def pool(self) -> tuple[int, int]:
+        if not self.ended:
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+        return (0, 1)
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def capturing(
+    monkeypatch: pytest.MonkeyPatch, step: Any, *, valid: bool
+) -> tuple[GraphedTrainStep, Capture]:
+    """A step that is about to be captured, and the capture to come."""
+    capture = Capture(valid)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: capture)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    graphed = GraphedTrainStep(step, reason="no device")
+    graphed.reason, graphed._stream, graphed._pool = None, None, None  # type: ignore[assignment]
+    graphed._warm["shape"] = graphed.warmup
+    return graphed, capture
+
+
+class Once:
+    """A step that fails the first time."""
+
+    def __init__(self) -> None:
+        self.calls, self.resets = 0, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 1:
+            raise RuntimeError("this kernel cannot be captured\nat some line")
+        return x + 1
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def test_error_within_a_capture_is_the_reason_to_go_on_eagerly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = Once()
+    graphed, capture = capturing(monkeypatch, step, valid=True)
+    with pytest.warns(UserWarning, match="the capture failed: this kernel cannot be captured$"):
+        assert graphed._run("shape", (torch.zeros(()),)).item() == 1
+    assert graphed.reason == "the capture failed: this kernel cannot be captured"
+    assert (step.calls, step.resets, capture.resets, graphed.captures) == (2, 1, 1, 0)
+
+
+def test_capture_that_is_invalid_is_no_reason_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Once()
+    graphed, _ = capturing(monkeypatch, step, valid=False)
+    said = "cannot be undone: this kernel cannot be captured; start again .*--no-cuda-graphs"
+    with pytest.raises(CaptureError, match=said):
+        graphed._run("shape", (torch.zeros(()),))
+    assert step.calls == 1 and graphed.reason is None
+    # The step raises nothing itself, as one that waits for the device in a library.
+    graphed, _ = capturing(monkeypatch, lambda x: x, valid=False)
+    with pytest.raises(CaptureError, match="undone: operation failed due to a previous error"):
+        graphed._run("shape", (torch.zeros(()),))
 
 
 def test_prefetcher_passes_batches_on() -> None:

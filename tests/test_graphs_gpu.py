@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,22 +133,48 @@ def test_overflow_skips_the_step_in_a_graph() -> None:
         check_labels()
 
 
-def test_a_loss_that_waits_runs_eagerly_with_a_reason() -> None:
-    model = network()
-    step = make(model)
+def test_an_error_within_a_capture_runs_eagerly_with_a_reason() -> None:
+    step = make(network())
     loss = step.loss
 
-    def waiting(x: Tensor, y: Tensor) -> Tensor:
+    def refuses(x: Tensor, y: Tensor) -> Tensor:
+        value = loss(x, y)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not in a graph")
+        return value
+
+    step.loss = refuses
+    graphed = GraphedTrainStep(step)
+    with pytest.warns(UserWarning, match="the capture failed: not in a graph"):
+        losses = [graphed(*batch).item() for batch in batches()]
+    assert graphed.reason == "the capture failed: not in a graph" and graphed.captures == 0
+    other = make(network())
+    assert losses == pytest.approx([other(*batch).item() for batch in batches()], rel=1e-4)
+
+
+def capture_a_loss_that_waits() -> None:
+    step = make(network())
+    loss = step.loss
+
+    def waits(x: Tensor, y: Tensor) -> Tensor:
         value = loss(x, y)
         return value if value.item() > 0 else value * 0
 
-    step.loss = waiting
+    step.loss = waits
     graphed = GraphedTrainStep(step)
-    with pytest.warns(UserWarning, match="the capture failed"):
-        losses = [graphed(*batch).item() for batch in batches()]
-    assert graphed.reason is not None and graphed.captures == 0
-    other = make(network())
-    assert losses == pytest.approx([other(*batch).item() for batch in batches()], rel=1e-4)
+    for batch in batches():
+        graphed(*batch)
+
+
+def test_a_loss_that_waits_ends_the_run() -> None:
+    # In a process of its own, which it leaves as it says.
+    call = "import test_graphs_gpu; test_graphs_gpu.capture_a_loss_that_waits()"
+    done = subprocess.run(
+        [sys.executable, "-c", call], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "CaptureError: the capture of a CUDA graph broke off" in done.stderr
+    assert "--no-cuda-graphs" in done.stderr
 
 
 def test_the_step_holds_scores_and_averages(tmp_path: Any) -> None:

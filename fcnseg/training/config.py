@@ -95,7 +95,7 @@ class TrainConfig:
             autocast dtype ``"bf16"`` or ``"fp16"`` (CUDA only).
         channels_last: memory format of the model and the images.
         cuda_graphs: capture the training step in a CUDA graph; where that is impossible the run
-            says why and goes on without.
+            says why and goes on without, or ends, to be resumed without.
         compile: compile the trunk by ``torch.compile``.
         device: ``"auto"`` (CUDA where there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; each
             process of several takes the GPU of its local rank.

@@ -859,6 +859,7 @@ def train(config: TrainConfig) -> TrainResult:
         IndexError: a label outside the classes.
         WorkerError: a data worker died.
         PeerError: another process of the run failed.
+        CaptureError: with ``cuda_graphs``, see :class:`fcnseg.graphs.GraphedTrainStep`.
         OSError: a file cannot be written.
     """
     device = _choose_device(config, distributed.World.from_environment().local_rank)
