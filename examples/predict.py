@@ -25,6 +25,8 @@ from fcnseg.training import CheckpointError
 
 IMAGES = (".png", ".jpg", ".jpeg")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+# A header that claims more frames than there are, by no more than this, is one that estimates.
+MISSING_FRAMES, MISSING_SHARE = 2, 0.01
 
 
 def find_files(path: Path) -> list[tuple[Path, Path]]:
@@ -48,28 +50,40 @@ def find_files(path: Path) -> list[tuple[Path, Path]]:
 def read_frames(path: Path, every: int) -> Iterator[tuple[int, np.ndarray]]:
     """Every so many frames of a video: their numbers from 0, and uint8 [H, W, 3] RGB.
 
+    Where the file's header claims clearly more frames than there are, a warning says so: the file
+    is cut off, or its header wrong (many hold an estimate, some none).
+
     Raises:
-        DataError: the file cannot be opened, or no frame of it can be decoded.
+        DataError: the file cannot be opened, or frames of it cannot be decoded; those that can be
+            come first.
     """
     if path.stat().st_size == 0:
         raise data.DataError(f"{path}: the file is empty")
     video = cv2.VideoCapture(str(path))
-    number = 0
+    number, damaged = 0, []
     try:
         while video.grab():
             if number % every == 0:
                 decoded, frame = video.retrieve()
-                if not decoded:
-                    raise data.DataError(f"{path}: frame {number} cannot be decoded")
-                yield number, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                if decoded:
+                    yield number, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                else:
+                    damaged.append(number)
             number += 1
-        if number == 0:
-            raise data.DataError(f"{path}: not a video that OpenCV can decode")
-        promised = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-        if number < promised:
-            raise data.DataError(f"{path}: ends after {number} frames, expected {promised}")
+        claimed = video.get(cv2.CAP_PROP_FRAME_COUNT)  # a float, at times of no sense
     finally:
         video.release()
+    if number == 0:
+        raise data.DataError(f"{path}: not a video that OpenCV can decode")
+    if claimed - number > max(MISSING_FRAMES, MISSING_SHARE * claimed):
+        print(
+            f"warning: {path}: ends after {number} frames, its header claims {claimed:.0f}",
+            file=sys.stderr,
+        )
+    if damaged:
+        raise data.DataError(
+            f"{path}: {len(damaged)} frames cannot be decoded, the first is {damaged[0]}"
+        )
 
 
 def read_pictures(path: Path, name: Path, every: int) -> Iterator[tuple[Path, np.ndarray]]:

@@ -265,12 +265,72 @@ def test_unreadable_files_are_named_and_the_rest_goes_on(run: Path, tmp_path: Pa
     assert (tmp_path / "out/d_fine_labels.png").exists()
 
 
-def test_damaged_video_is_named(run: Path, call: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_video_that_ends_early_is_labelled_with_a_warning(
+    run: Path, call: Callable[..., Outcome], tmp_path: Path
+) -> None:
     write_video(tmp_path / "cut.avi", 30)
     content = (tmp_path / "cut.avi").read_bytes()
-    (tmp_path / "cut.avi").write_bytes(content[: len(content) // 2])
-    code, _, err = call("predict", run / "run", tmp_path / "cut.avi", "--output", tmp_path / "out")
-    assert code == 1 and f"error: {tmp_path / 'cut.avi'}: " in err
+    (tmp_path / "cut.avi").write_bytes(content[: len(content) * 3 // 4])
+    code, out, err = call(
+        "predict", run / "run", tmp_path / "cut.avi", "--output", tmp_path / "out"
+    )
+    written = len(list((tmp_path / "out").glob("*_labels.png")))
+    assert 10 < written < 28 and f"{written} pictures labelled" in out
+    warning = f"warning: {tmp_path / 'cut.avi'}: ends after {written} frames, its header claims 30"
+    assert (code, err) == (0, f"{warning}\n")
+
+
+class Video:
+    """In place of ``cv2.VideoCapture``: frames of a file whose header claims something else."""
+
+    frames, damaged, claimed = 5, (), 5.0
+
+    def __init__(self, path: str) -> None:
+        self.next = 0
+
+    def grab(self) -> bool:
+        self.next += 1
+        return self.next <= self.frames
+
+    def retrieve(self) -> tuple[bool, np.ndarray | None]:
+        damaged = self.next - 1 in self.damaged
+        return not damaged, None if damaged else np.zeros((4, 6, 3), np.uint8)
+
+    def get(self, what: int) -> float:
+        assert what == cv2.CAP_PROP_FRAME_COUNT
+        return self.claimed
+
+    def release(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("claimed", "warned"),
+    [(0.0, False), (-9.2e18, False), (float("nan"), False), (4.0, False), (7.0, False),
+     (float("inf"), False), (8.0, True)],
+)  # fmt: skip
+def test_frame_count_of_the_header_is_no_promise(
+    run: Path, call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    claimed: float, warned: bool,
+) -> None:  # fmt: skip
+    (tmp_path / "a.mp4").write_text("read by another class")
+    monkeypatch.setattr(cv2, "VideoCapture", Video)
+    monkeypatch.setattr(Video, "claimed", claimed)
+    code, out, err = call("predict", run / "run", tmp_path / "a.mp4", "--output", tmp_path / "out")
+    assert code == 0 and "5 pictures labelled" in out
+    assert ("warning: " in err) == warned
+
+
+def test_damaged_frames_are_named_after_the_others(
+    run: Path, call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.mp4").write_text("read by another class")
+    monkeypatch.setattr(cv2, "VideoCapture", Video)
+    monkeypatch.setattr(Video, "damaged", (1, 3))
+    code, out, err = call("predict", run / "run", tmp_path / "a.mp4", "--output", tmp_path / "out")
+    assert code == 1 and "3 pictures labelled" in out
+    assert f"error: {tmp_path / 'a.mp4'}: 2 frames cannot be decoded, the first is 1\n" in err
+    assert (tmp_path / "out/a_000004_labels.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fcnseg.losses import class_counts
+
 from .dataset import SegmentationDataset
 from .split import IntArray
 
@@ -38,8 +40,9 @@ def count_pixels(dataset: SegmentationDataset, workers: int | None = None) -> In
     classes = dataset.num_classes
 
     def count(index: int) -> IntArray:
-        found = np.bincount(dataset.load_label(index).ravel(), minlength=256)
-        return np.append(found[:classes], found[dataset.ignore_index])
+        label = dataset.load_label(index)
+        [found] = class_counts([label], classes, ignore_index=dataset.ignore_index).numpy()
+        return np.append(found, label.size - found.sum())
 
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return np.stack(list(pool.map(count, range(len(dataset)))))

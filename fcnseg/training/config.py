@@ -23,10 +23,12 @@ LOSSES = ("ce", "ohem", "focal")
 CLASS_WEIGHTS = ("none", *get_args(ClassWeighting))
 SKIPS = ("32s", "16s", "8s")
 
-# What may differ between a run and its continuation: none of it changes a loss.
+# What may differ between a run and its continuation: none of it changes a loss. (Of a split file
+# the checkpoint knows the content.)
 _FREE_ON_RESUME = frozenset(
     {
         "data_root",
+        "split_file",
         "output",
         "resume",
         "pretrained",
@@ -52,7 +54,8 @@ class TrainConfig:
     learnable grouped transposed convolution, SGD with momentum for 150 epochs.
 
     Args:
-        data_root: directory that holds the data set.
+        data_root: directory that holds the data set. This path and those of the files to read are
+            kept absolute.
         output: directory that the run writes: checkpoints, metrics, pictures.
         dataset: one of ``DATASETS``.
         split_file: file of ``python -m fcnseg.data split`` that tells which images are in the
@@ -184,6 +187,10 @@ class TrainConfig:
                 value is not None or name in ("data_root", "output")
             ):
                 raise ConfigError(f"{name}: expected a path, got {value!r}")
+        # What the run reads lies where it lies, also for who reads config.json elsewhere.
+        for name in ("data_root", "pretrained", "split_file"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.path.abspath(getattr(self, name)))
         self._choice("dataset", DATASETS)
         self._choice("backbone", BACKBONES)
         self._choice("head", HEADS)

@@ -104,7 +104,9 @@ def join(device: torch.device) -> Iterator[World]:
         world.any()  # nobody leaves before the last one is done
     except RuntimeError as error:
         text = str(error)
-        if isinstance(error, dist.DistError) or "gloo" in text.lower() or "NCCL" in text:
+        # Gloo's errors have no class; an error that has one may quote a path with such a word.
+        plain = type(error) is RuntimeError and ("gloo" in text.lower() or "NCCL" in text)
+        if isinstance(error, dist.DistError) or plain:
             raise PeerError(
                 f"rank {world.rank} lost the other processes (the first error of another rank "
                 f"says why): {text.strip().partition(chr(10))[0]}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -194,8 +195,9 @@ class _Interrupt:
 
 def _init_worker(worker_id: int) -> None:
     worker_init_fn(worker_id)
-    # A SIGTERM to all processes of a job is for the training process, which still needs its data
-    # to end the step; a worker that is left behind ends by itself.
+    # A Ctrl-C or SIGTERM to all processes of a job is for the training process, which still needs
+    # its data to end the step; a worker that is left behind ends by itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
 
 
@@ -274,6 +276,12 @@ class Trainer:
         self.metrics: MetricsFile | None = None  # of the first process, while it runs
         self.board: Any = None
         self.saved_step = -1  # of the last checkpoint of this process
+        # What tells a split file from another, wherever it lies.
+        self.split = (
+            hashlib.sha256(Path(config.split_file).read_bytes()).hexdigest()
+            if config.split_file is not None
+            else None
+        )
         self._prepare_model()
         self._prepare_step()
         if world.size > 1:
@@ -368,6 +376,9 @@ class Trainer:
             num_workers=self.config.workers,
             worker_init_fn=_init_worker,
             pin_memory=self.device.type == "cuda",
+            # No persistent_workers: they keep the data set as it was sent to them, so that of one's
+            # own its set_epoch would not reach them, and random states that a resumed run lacks;
+            # and what they save, the start of a process, is little beside an epoch.
             # Its own generator: making an iterator draws from the global one otherwise, and a
             # resumed epoch makes one more than an unbroken epoch.
             generator=torch.Generator().manual_seed(self.config.seed),
@@ -426,6 +437,7 @@ class Trainer:
         self.progress.metrics_bytes = self.metrics.sync()
         state = {
             "config": self.config.to_dict(),
+            "split": self.split,
             "progress": dict(vars(self.progress)),
             "rng": random_states,
             "scaler": self.scaler.state_dict(),
@@ -453,6 +465,11 @@ class Trainer:
         state = checkpoint.load(path)
         try:
             self.config.check_resumes(state["config"])
+            if state["split"] != self.split:
+                raise ConfigError(
+                    f"resume: split_file {self.config.split_file} is not the split that the run "
+                    "began with"
+                )
             progress = Progress(**state["progress"])
             if progress.steps_per_epoch != self.progress.steps_per_epoch:
                 raise ConfigError(
@@ -635,10 +652,18 @@ class Trainer:
         progress.batch += 1
 
     def _flush(self) -> float:
-        """Records the losses since the last call, the one place that waits for the device."""
+        """Records the losses since the last call, the one place that waits for the device.
+
+        Raises:
+            DivergedError: a loss is not finite and no GradScaler skips such steps, or one skips
+                them without end.
+            IndexError: a step met a bad label, on CUDA.
+        """
         progress = self.progress
         if self.pending:
             history = self.world.sum(self.train_step.losses.clone()).tolist()
+            steps = [step for step, _ in self.pending]
+            broken = []  # steps and their losses
             for step, lr in self.pending:
                 loss = history[(step - 1) % len(history)]
                 if self.metrics is not None:
@@ -649,33 +674,53 @@ class Trainer:
                 if math.isfinite(loss):
                     progress.loss_sum += loss
                     progress.loss_count += 1
-                elif not self.scaler.is_enabled():
-                    self._diverged(loss, step)
+                else:
+                    broken.append((step, loss))
             if self.metrics is not None:
                 self.board.add_scalar("train/loss", loss, step)
                 self.board.add_scalar("train/lr", lr, step)
                 self.metrics.flush()
             self.pending.clear()
+            if not self.scaler.is_enabled():
+                broken = broken[:1]  # the others follow from it
+            self._check_labels([step for step, _ in broken], steps)
+            if broken and not self.scaler.is_enabled():
+                self._diverged(*broken[0])
             if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
                 # The scaler skips a step that overflows and halves its scale: at the start that
                 # finds the right one, but no gradient is too large for a scale as small as this.
-                self._diverged(loss, step)
+                self._diverged(step, loss)
         return progress.loss_sum / progress.loss_count if progress.loss_count else math.nan
 
-    def _diverged(self, loss: float, step: int) -> None:
-        """Raises, with what is known of the step."""
-        verdict = "all labels are valid"
+    def _check_labels(self, broken: list[int], steps: list[int]) -> None:
+        """Raises IndexError where ``steps`` met a bad label, whose loss is NaN, on CUDA."""
+        verdict = None
         try:
-            fcnseg.check_labels()  # a label outside the classes makes the loss NaN
+            fcnseg.check_labels()
         except IndexError as error:
             verdict = str(error)
+        if broken:  # in all processes, though the label is in one of them
+            verdict = next(filter(None, self.world.gather(verdict)), None)
+        if verdict is None:
+            return
+        if self.metrics is not None:
+            self.metrics.sync()
+        suspects = broken or steps
+        raise IndexError(
+            f"step {', '.join(map(str, suspects))}: {verdict}; batch: "
+            f"{'; '.join(map(self._files, suspects))}; {self._last_checkpoint()}"
+        )
+
+    def _diverged(self, step: int, loss: float) -> None:
+        """Raises, with what is known of the step."""
         if self.metrics is not None:
             self.metrics.sync()
         what = f"the loss is {loss} at step {step}"
         if self.scaler.is_enabled():
             what += f" and its scale fell to {self.scaler.get_scale():g}: fp16 overflows always"
         raise DivergedError(
-            f"{what}; batch: {self._files(step)}; label check: {verdict}; {self._advice()}"
+            f"{what}; batch: {self._files(step)}; label check: all labels are valid; "
+            f"{self._advice()}"
         )
 
     def _end_epoch(self, images_per_second: float) -> None:
