@@ -208,6 +208,28 @@ def test_dying_worker_is_said_and_the_run_is_continued(tmp_path: Path) -> None:
     assert outcome(output) == outcome(tmp_path / "unbroken")
 
 
+class Interrupted(Pictures):
+    """Whose workers get a Ctrl-C twice, as a terminal sends it to all processes."""
+
+    def __getitem__(self, index: int) -> Any:
+        assert torch.utils.data.get_worker_info() is not None
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().__getitem__(index)
+
+
+def test_workers_leave_ctrl_c_to_the_training_process(tmp_path: Path) -> None:
+    def outlives(output: Path, pictures: Pictures) -> list[dict[str, Any]]:
+        config = settings(output, epochs=1, val_interval=0, workers=1)
+        made = trainer(config, pictures)
+        made._report = lambda: None  # type: ignore[method-assign]  # reads a picture itself
+        assert not made.run().interrupted
+        return outcome(output)
+
+    expected = outlives(tmp_path / "a", Pictures(18))
+    assert outlives(tmp_path / "b", Interrupted(18)) == expected
+
+
 class Failing(Pictures):
     def __getitem__(self, index: int) -> Any:
         raise self.error  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ pytest.importorskip("albumentations")
 pytest.importorskip("tensorboard")
 
 import fcnseg
+from fcnseg import _labels
 from fcnseg.losses import SegmentationLoss
 from fcnseg.models import LoadReport
 from fcnseg.training import (
@@ -31,6 +32,7 @@ from fcnseg.training import (
     DivergedError,
     TrainConfig,
     Trainer,
+    World,
     checkpoint,
     loop,
     lr_factor,
@@ -217,6 +219,21 @@ def test_config_is_saved_as_json(tmp_path: Path) -> None:
     assert TrainConfig(**TrainConfig.read(tmp_path / "config.json")) == config
 
 
+def test_paths_of_a_config_are_those_of_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = {name: f"{name}.x" for name in ("data_root", "pretrained", "split_file")}
+    config = settings(tmp_path, **paths)
+    config.save("config.json")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    again = TrainConfig(**TrainConfig.read(tmp_path / "config.json"))
+    assert again == config
+    for name, path in paths.items():
+        assert getattr(again, name) == str(tmp_path / path)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -324,6 +341,29 @@ def test_stopped_and_resumed_at_any_step_equals_unbroken(tmp_path: Path, unbroke
         assert len(resumed.train_set.loaded) == 4 * (12 - stop)
     ours, theirs = (checkpoint.load(run / "last.pt")["model"] for run in (output, unbroken))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_split_file_is_known_by_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    (here / "split.json").write_text("one")
+    monkeypatch.chdir(here)
+    config = settings(tmp_path / "run", split_file="split.json", max_steps=1, val_interval=0)
+    trainer(config).run()
+    config.save(tmp_path / "config.json")
+    monkeypatch.chdir(there)
+    saved = TrainConfig.read(tmp_path / "config.json") | {"resume": True}
+    assert trainer(TrainConfig(**saved)).progress.step == 1
+    # Moved it is the same, changed it is not.
+    (here / "split.json").rename(there / "moved.json")
+    saved["split_file"] = "moved.json"
+    assert trainer(TrainConfig(**saved)).progress.step == 1
+    (there / "moved.json").write_text("another")
+    for split_file in ("moved.json", None):
+        with pytest.raises(ConfigError, match=r"resume: split_file .* is not the split"):
+            trainer(TrainConfig(**(saved | {"split_file": split_file})))
 
 
 def test_records_after_the_checkpoint_are_dropped(tmp_path: Path, unbroken: Path) -> None:
@@ -479,6 +519,61 @@ def test_scale_that_collapses_ends_the_run(tmp_path: Path) -> None:
     made.scaler.load_state_dict(made.scaler.state_dict() | {"scale": 2.0})
     made.model.layers[0].weight.data.fill_(math.nan)
     with pytest.raises(DivergedError, match=r"step 2 and its scale fell to 0\.5"):
+        made.run()
+
+
+def as_on_cuda(model: Net, x: Tensor, target: Tensor) -> Tensor:
+    """The loss, but a bad label is recorded and makes it NaN, where the CPU raises at once."""
+    bad = _labels.bad_mask(target, 3, 255)
+    _labels.add_to_record(_labels.device_record(target.device), target, bad)
+    loss = SegmentationLoss(ignore_index=255)(model, x, target.masked_fill(bad, 255))
+    return loss * torch.where(bad.any(), math.nan, 1.0)
+
+
+def with_a_bad_label(output: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> Trainer:
+    """A run with a bad label in its second step, as it were on CUDA."""
+    monkeypatch.setattr(_labels, "_records", {})
+    train_set = Pictures(18)
+    train_set.targets[loop.EpochBatches(18, 4, 0).batch(0, 1)[2], 3, 5] = 77
+    config = settings(output, precision=precision, log_interval=4)
+    return Trainer(config, Net(), train_set, Pictures(5), criterion=as_on_cuda)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_bad_label_on_cuda_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    made = with_a_bad_label(tmp_path, monkeypatch, precision)
+    batch = ", ".join(map(str, loop.EpochBatches(18, 4, 0).batch(0, 1)))
+    said = rf"^step 2: .*holds 1 value .* is 77 at position \(2, 3, 5\); batch: images {batch}; no"
+    with pytest.raises(IndexError, match=said):
+        made.run()
+    assert [step for step, _, _ in losses(tmp_path)] == [1, 2, 3, 4]
+    # The scaler has skipped that step, and only that.
+    finite = [math.isfinite(loss) for _, loss, _ in losses(tmp_path)]
+    assert finite == [True, False, precision == "fp16", precision == "fp16"]
+
+
+def test_bad_label_of_another_process_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pair(World):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, "on cuda:1: bad"]
+
+    made = trainer(settings(tmp_path))
+    made.world = Pair()
+    made.model.layers[0].weight.data.fill_(math.nan)
+    with pytest.raises(IndexError, match=r"^step 1: on cuda:1: bad; batch: images "):
+        made.run()
+
+
+def test_bad_label_with_a_finite_loss_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = with_a_bad_label(tmp_path, monkeypatch, "fp32")
+    made.train_step.loss.criterion = lambda *args: as_on_cuda(*args).nan_to_num()  # type: ignore[attr-defined]
+    with pytest.raises(IndexError, match=r"^step 1, 2, 3, 4: .*77 at position"):
         made.run()
 
 
