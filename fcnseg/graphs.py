@@ -188,6 +188,8 @@ class GraphedTrainStep:
             its state in device tensors that stay where they are.
         warmup: eager steps before a capture; None for 3, or 11 where ``torch.distributed`` runs.
         shapes: graphs that are kept; the one that was not used for longest goes first.
+        stream: on which all steps run; None for a new one. DistributedDataParallel must be made on
+            it, for it keeps the nodes that accumulate gradients and so their stream.
         reason: why not to capture, where the caller knows; None to try.
 
     Attributes:
@@ -199,7 +201,7 @@ class GraphedTrainStep:
             for the device. PyTorch's allocator and random generators then may stay as they are
             within a capture, in which memory used on two streams is never given back and dropout
             fails; so the process must end. Nothing was computed: the state is that of the step
-            before.
+            before. With ``torch.distributed`` any failed capture raises it.
 
     Note:
         After a replay ``parameter.grad`` is what the captured step left there: valid until a step
@@ -213,6 +215,7 @@ class GraphedTrainStep:
         *,
         warmup: int | None = None,
         shapes: int = 4,
+        stream: torch.cuda.Stream | None = None,
         reason: str | None = None,
     ) -> None:
         if warmup is None:
@@ -227,7 +230,7 @@ class GraphedTrainStep:
         self._warm: dict[Any, int] = {}
         self._graphs: OrderedDict[Any, tuple[Any, tuple[Tensor, ...], Tensor]] = OrderedDict()
         if self.reason is None:
-            self._stream = torch.cuda.Stream()
+            self._stream = torch.cuda.Stream() if stream is None else stream
             self._pool = torch.cuda.graph_pool_handle()
 
     def forget(self) -> None:
@@ -285,7 +288,9 @@ class GraphedTrainStep:
             # The step's own error, where ending its capture raised another one after it.
             first = error if ended else error.__context__ or error
             reason = str(first).strip().partition("\n")[0] or type(first).__name__
-            if not ended:
+            # NCCL wants the same of all processes, a graph or none, and DistributedDataParallel
+            # takes no further step after half a backward pass.
+            if not ended or _distributed():
                 raise CaptureError(
                     f"the capture of a CUDA graph broke off and cannot be undone: {reason}; start "
                     "again without CUDA graphs (cuda_graphs=False, --no-cuda-graphs)"

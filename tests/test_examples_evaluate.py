@@ -129,6 +129,8 @@ def test_submission_values_are_the_data_sets_own() -> None:
         (["--multi-scale", "-1"], r"error: scales must lie in (0, inf), got -1.0"),
         (["--precision", "fp16"], "error: --precision fp16 needs a CUDA device"),
         (["--device", "abacus"], "error: --device must be auto, cpu, cuda or cuda:N, got abacus"),
+        (["--device", "meta"], "error: --device must be auto, cpu, cuda or cuda:N, got meta"),
+        (["--device", "cuda:99"], "error: --device cuda:99: PyTorch sees "),
     ],
 )
 def test_bad_options(

@@ -331,6 +331,12 @@ def test_capture_that_is_invalid_is_no_reason_to_go_on(monkeypatch: pytest.Monke
     with pytest.raises(CaptureError, match=said):
         graphed._run("shape", (torch.zeros(()),))
     assert step.calls == 1 and graphed.reason is None
+    # Of several processes one must not go on without a graph that the others have.
+    graphed, _ = capturing(monkeypatch, Once(), valid=True)
+    with monkeypatch.context() as several:
+        several.setattr(graphs, "_distributed", lambda: True)
+        with pytest.raises(CaptureError, match=said):
+            graphed._run("shape", (torch.zeros(()),))
     # The step raises nothing itself, as one that waits for the device in a library.
     graphed, _ = capturing(monkeypatch, lambda x: x, valid=False)
     with pytest.raises(CaptureError, match="undone: operation failed due to a previous error"):

@@ -322,21 +322,21 @@ class Trainer:
             matrix=self.matrix,
             ignore_index=self.train_set.ignore_index,
         )
+        # The stream of the steps; None: the current one.
+        graphed = config.cuda_graphs and self.device.type == "cuda"
+        stream = torch.cuda.Stream() if graphed else None
         if world.size > 1:
-            # PyTorch's notes ask for a side stream, in case the step is captured.
-            on_cuda = self.device.type == "cuda"
-            side = torch.cuda.Stream() if on_cuda else None
-            if side is not None:
-                side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
                 objective = DistributedDataParallel(
                     objective,
                     # Rank 0's running statistics go to all: those of the checkpoint.
-                    device_ids=[self.device.index] if on_cuda else None,
+                    device_ids=[self.device.index] if self.device.type == "cuda" else None,
                     gradient_as_bucket_view=True,
                 )
-            if side is not None:
-                torch.cuda.current_stream().wait_stream(side)
+            if stream is not None:
+                torch.cuda.current_stream().wait_stream(stream)
         self.optimizer = optimizer.make_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.train_step = TrainStep(
@@ -355,7 +355,7 @@ class Trainer:
         )
         self.step: Callable[[Tensor, Tensor], Tensor] = self.train_step
         if config.cuda_graphs:
-            self.step = GraphedTrainStep(self.train_step)
+            self.step = GraphedTrainStep(self.train_step, stream=stream)
             if self.step.reason is not None and world.main:
                 print(f"no CUDA graph, steps run eagerly: {self.step.reason}")
 
