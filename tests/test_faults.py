@@ -249,14 +249,21 @@ def test_error_of_the_data_set_is_no_dead_worker(
     assert not isinstance(caught.value, WorkerError)
 
 
-def test_broken_pipe_of_a_worker_is_its_death(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("Connection reset by peer"),
+        RuntimeError("Pin memory thread exited unexpectedly"),  # on CUDA
+    ],
+)
+def test_broken_pipe_of_a_worker_is_its_death(tmp_path: Path, error: Exception) -> None:
     def dies() -> Any:
-        raise ConnectionResetError("Connection reset by peer")
+        raise error
         yield
 
     made = trainer(settings(tmp_path, workers=3))
     made._loader = lambda *_, **__: dies()  # type: ignore[method-assign]
-    said = "unexpectedly .ConnectionResetError.: .*fewer workers than 3.*no checkpoint"
+    said = rf"unexpectedly .{type(error).__name__}.: .*fewer workers than 3.*no checkpoint"
     with pytest.raises(WorkerError, match=said):
         made.run()
 

@@ -391,10 +391,14 @@ class Trainer:
         """What a :class:`Prefetcher` gives of a data set."""
         try:
             yield from Prefetcher(self._loader(dataset, **batching), self.device)
-        except (ConnectionError, EOFError) as error:
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            # It died while it handed over a tensor, to this thread or to the one that pins memory,
+            # and this was seen before its signal.
+            pinning = str(error) == "Pin memory thread exited unexpectedly"
+            if isinstance(error, RuntimeError) and not pinning:
+                raise
             if not self.config.workers or "in DataLoader worker" in str(error):
                 raise  # the data set's own
-            # It died while it handed over a tensor, and this was seen before its signal.
             reason = f"DataLoader worker exited unexpectedly ({type(error).__name__})"
             raise WorkerError(self._worker_died(reason)) from error
 
