@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -273,13 +274,14 @@ def test_video_that_ends_early_is_labelled_with_a_warning(
     write_video(tmp_path / "cut.avi", 30)
     content = (tmp_path / "cut.avi").read_bytes()
     (tmp_path / "cut.avi").write_bytes(content[: len(content) * 3 // 4])
-    code, out, err = call(
-        "predict", run / "run", tmp_path / "cut.avi", "--output", tmp_path / "out"
+    options = ["--output", tmp_path / "out", "--every", 10]
+    code, out, err = call("predict", run / "run", tmp_path / "cut.avi", *options)
+    said = re.fullmatch(
+        f"warning: {tmp_path}/cut.avi: ends after ([0-9]+) frames, its header claims 30\n", err
     )
+    assert code == 0 and said is not None and 10 < int(said[1]) < 28
     written = len(list((tmp_path / "out").glob("*_labels.png")))
-    assert 10 < written < 28 and f"{written} pictures labelled" in out
-    warning = f"warning: {tmp_path / 'cut.avi'}: ends after {written} frames, its header claims 30"
-    assert (code, err) == (0, f"{warning}\n")
+    assert written == -(-int(said[1]) // 10) and f"{written} pictures labelled" in out
 
 
 class Video:
@@ -308,8 +310,7 @@ class Video:
 
 @pytest.mark.parametrize(
     ("claimed", "warned"),
-    [(0.0, False), (-9.2e18, False), (float("nan"), False), (4.0, False), (7.0, False),
-     (float("inf"), False), (8.0, True)],
+    [(-9.2e18, False), (float("nan"), False), (7.0, False), (8.0, True)],
 )  # fmt: skip
 def test_frame_count_of_the_header_is_no_promise(
     run: Path, call: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -721,7 +721,8 @@ class Trainer:
             self.metrics.sync()
         what = f"the loss is {loss} at step {step}"
         if self.scaler.is_enabled():
-            what += f" and its scale fell to {self.scaler.get_scale():g}: fp16 overflows again and again"
+            scale = self.scaler.get_scale()
+            what += f" and its scale fell to {scale:g}: fp16 overflows again and again"
         raise DivergedError(
             f"{what}; batch: {self._files(step)}; label check: all labels are valid; "
             f"{self._advice()}"
