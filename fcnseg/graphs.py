@@ -180,8 +180,8 @@ class GraphedTrainStep:
     The first calls with a shape run eagerly on the capture's stream: they are steps like any other.
     Then the step is captured and, from there on, replayed; a batch is copied into the static inputs
     without waiting. Where a capture is impossible, all steps run eagerly and ``reason`` says why.
-    That is known before the first step, or from a capture in which the step raised an error; a step
-    that waits for the device, though, spoils its capture for good (see Raises).
+    That is known before the first step, or from the last eager one, in which the step was seen to
+    wait for the device, or from a capture in which the step raised an error.
 
     Args:
         step: a :class:`TrainStep`, or any function of tensors that returns one tensor and keeps
@@ -198,10 +198,11 @@ class GraphedTrainStep:
 
     Raises:
         CaptureError: by a call: CUDA declared the capture invalid, as it does where the step waits
-            for the device. PyTorch's allocator and random generators then may stay as they are
-            within a capture, in which memory used on two streams is never given back and dropout
-            fails; so the process must end. Nothing was computed: the state is that of the step
-            before. With ``torch.distributed`` any failed capture raises it.
+            for the device unseen by ``torch.cuda.set_sync_debug_mode``. PyTorch's allocator and
+            random generators then may stay as they are within a capture, in which memory used on
+            two streams is never given back and dropout fails; so the process must end. Nothing was
+            computed: the state is that of the step before. With ``torch.distributed`` any failed
+            capture raises it.
 
     Note:
         After a replay ``parameter.grad`` is what the captured step left there: valid until a step
@@ -260,6 +261,10 @@ class GraphedTrainStep:
         if key not in self._graphs:
             if self._warm.get(key, 0) < self.warmup:
                 self._warm[key] = self._warm.get(key, 0) + 1
+                # The first step may wait: what it makes, later ones find. Of several processes none
+                # may go on without the graph that the others have.
+                if self._warm[key] == self.warmup > 1 and not _distributed():
+                    return self._watched(batch)
                 return self.step(*batch)
             self._capture(key, batch)
             if self.reason is not None:
@@ -271,6 +276,29 @@ class GraphedTrainStep:
         graph.replay()
         # The graphs share a pool, so the next replay may write here.
         return output.clone()
+
+    def _watched(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """An eager step; if it waits for the device, which would spoil a capture, none is made."""
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                result = self.step(*batch)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        waits = None
+        for each in caught:
+            message = str(each.message)
+            if "called a synchronizing CUDA operation" in message:
+                waits = waits or f"{each.filename}:{each.lineno}"
+            elif "Synchronization debug mode" not in message:  # which says that it is a prototype
+                warnings.warn_explicit(
+                    each.message, each.category, each.filename, each.lineno, source=each.source
+                )
+        if waits is not None:
+            self._give_up(f"the step waits for the device ({waits})")
+        return result
 
     def _capture(self, key: Any, batch: tuple[Tensor, ...]) -> None:
         while len(self._graphs) >= self.shapes:

@@ -1,6 +1,7 @@
 """The training step as a function of device tensors, and what runs where no graph can be made."""
 
 import copy
+import re
 import warnings
 from typing import Any
 
@@ -341,6 +342,40 @@ def test_capture_that_is_invalid_is_no_reason_to_go_on(monkeypatch: pytest.Monke
     graphed, _ = capturing(monkeypatch, lambda x: x, valid=False)
     with pytest.raises(CaptureError, match="undone: operation failed due to a previous error"):
         graphed._run("shape", (torch.zeros(()),))
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_step_that_waits_for_the_device_is_never_captured(
+    monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    modes: list[Any] = ["default"]
+
+    def step(x: Tensor) -> Tensor:
+        if modes[-1] == "warn":  # what PyTorch does then
+            warnings.warn("something else", UserWarning, stacklevel=1)
+            if waits:
+                warnings.warn("called a synchronizing CUDA operation (..)", stacklevel=1)
+        return x + 1
+
+    graphed, capture = capturing(monkeypatch, step, valid=True)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    capture.replay = lambda: None  # type: ignore[attr-defined]
+    graphed._warm.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(graphed.warmup + 1):
+            if graphed.reason is None:  # as __call__ does
+                assert graphed._run("shape", (torch.zeros(()),)).item() == 1
+    assert modes == ["default", "warn", "default"]
+    said = [str(each.message) for each in caught]
+    assert said[0] == "something else"
+    if waits:
+        assert graphed.reason is not None and graphed.captures == 0
+        where = rf"the step waits for the device \({re.escape(__file__)}:\d+\)"
+        assert re.fullmatch(where, graphed.reason) and graphed.reason in said[1]
+    else:
+        assert graphed.reason is None and graphed.captures == 1 and len(said) == 1
 
 
 def test_prefetcher_passes_batches_on() -> None:

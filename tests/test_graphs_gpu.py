@@ -152,8 +152,7 @@ def test_an_error_within_a_capture_runs_eagerly_with_a_reason() -> None:
     assert losses == pytest.approx([other(*batch).item() for batch in batches()], rel=1e-4)
 
 
-def capture_a_loss_that_waits() -> None:
-    step = make(network())
+def waiting(step: TrainStep) -> TrainStep:
     loss = step.loss
 
     def waits(x: Tensor, y: Tensor) -> Tensor:
@@ -161,12 +160,25 @@ def capture_a_loss_that_waits() -> None:
         return value if value.item() > 0 else value * 0
 
     step.loss = waits
-    graphed = GraphedTrainStep(step)
+    return step
+
+
+def test_a_loss_that_waits_runs_eagerly_with_a_reason() -> None:
+    graphed = GraphedTrainStep(waiting(make(network())))
+    with pytest.warns(UserWarning, match=r"the step waits for the device .*test_graphs_gpu\.py:"):
+        losses = [graphed(*batch).item() for batch in batches()]
+    assert graphed.reason is not None and graphed.captures == 0
+    other = make(network())
+    assert losses == pytest.approx([other(*batch).item() for batch in batches()], rel=1e-4)
+
+
+def capture_a_loss_that_waits() -> None:
+    graphed = GraphedTrainStep(waiting(make(network())), warmup=1)  # which nobody watches
     for batch in batches():
         graphed(*batch)
 
 
-def test_a_loss_that_waits_ends_the_run() -> None:
+def test_a_capture_that_is_spoiled_ends_the_run() -> None:
     # In a process of its own, which it leaves as it says.
     call = "import test_graphs_gpu; test_graphs_gpu.capture_a_loss_that_waits()"
     done = subprocess.run(
