@@ -65,8 +65,8 @@ void multiply(const Product<double>& g) {
 
 // eq. 2 and 3 as eager has them: a NaN reaches every class of its pixel.
 void softmax(SoftmaxTile<double>& g) {
-  const int64_t stride = g.P * g.width;
-  for (int64_t i = 0; i < stride; ++i) {
+  const int64_t stride = g.stride;
+  for (int64_t i = 0; i < g.P * g.width; ++i) {
     const int64_t pixel = i / g.width * g.pitch + i % g.width;
     double* z = g.z + i;
     double maximum = -std::numeric_limits<double>::infinity(), total = 0;
@@ -101,12 +101,13 @@ void softmax(SoftmaxTile<double>& g) {
 }
 
 // As torch.argmax: NaN is greatest, the first one wins.
-void argmax(const double* z, int64_t C, int P, int64_t width, int32_t* labels, int64_t pitch) {
+void argmax(const double* z, int64_t C, int P, int64_t width, int64_t stride, int32_t* labels,
+            int64_t pitch) {
   for (int64_t i = 0; i < P * width; ++i) {
     double best = z[i];
     int32_t id = 0;
     for (int64_t c = 1; c < C; ++c) {
-      const double value = z[c * P * width + i];
+      const double value = z[c * stride + i];
       if (value > best || (std::isnan(value) && !std::isnan(best))) {
         best = value;
         id = static_cast<int32_t>(c);
@@ -127,9 +128,11 @@ ConvTransposeKernel<double> kernel_of(Capability capability, double) {
           &exact::multiply,
           nullptr,
           nullptr,
+          nullptr,
           &exact::softmax,
           &exact::argmax,
           &exact::add_sums,
+          nullptr,
           kernel_of(capability, 0.f).labels};
 }
 
@@ -213,6 +216,7 @@ struct Plan {
   int64_t N, C, C_in, M, I;  // classes and channels; the same per group
   ConvAxis rows, columns;
   bool depthwise;
+  double unit;  // what logits are multiplied by
   bool to_input = false, to_weight = false, to_bias = false;
   std::vector<Chunk> chunks;
   int64_t column_first;  // input column of the row buffers' first column
@@ -235,6 +239,7 @@ struct Plan {
         rows(p.input.h, p.kernel_h, p.H, p.stride_h, p.padding_h, p.dilation_h, p.crop_h),
         columns(p.input.w, p.kernel_w, p.W, p.stride_w, p.padding_w, p.dilation_w, p.crop_w),
         depthwise(kernel.depthwise_forward != nullptr && M == 1 && I == 1),
+        unit(depthwise && loss != nullptr ? 1.44269504088896341 : 1.0),  // log2 e
         column_first(columns.first),
         width(round_up(columns.cells)),
         pitch(width + round_up(columns.last - columns.first)),
@@ -257,7 +262,7 @@ struct Plan {
       with_type(p.input.dtype, [&](auto type) {
         const auto* values = static_cast<const decltype(type)*>(p.bias);
         for (int64_t c = 0; c < C; ++c) {
-          bias[c] = static_cast<Real>(to_real(values[c * p.bias_stride]));
+          bias[c] = static_cast<Real>(to_real(values[c * p.bias_stride]) * unit);
         }
       });
     }
@@ -275,6 +280,12 @@ struct Plan {
     const int64_t vectors = std::max(most / kernel.lanes, least), all = width / kernel.lanes;
     const int64_t blocks = (all + vectors - 1) / vectors;
     return (all + blocks - 1) / blocks * kernel.lanes;
+  }
+
+  // From class to class of a tile. Depthwise, a vector more, so that not all classes meet in a few
+  // sets of the cache.
+  int64_t stride(int P, int64_t width) const {
+    return P * width + (depthwise ? kernel.lanes : 0);
   }
 
   // All taps of a chunk, in the order of the packed weights.
@@ -343,7 +354,7 @@ struct Pass {
       parallel_for(plan.C, [&](int64_t first, int64_t last) {
         for (int64_t c = first; c < last; ++c) {
           for_each_weight(plan, c, plan.p.weight_stride, [&](int64_t packed, int64_t at) {
-            weight.data()[packed] = static_cast<Real>(to_real(source[at]));
+            weight.data()[packed] = static_cast<Real>(to_real(source[at]) * plan.unit);
           });
         }
       });
@@ -411,10 +422,12 @@ class Worker {
         touched_(plan.slots, 0),
         x_(plan.slots * plan.C_in * plan.pitch),
         x_transposed_(transposed_ ? plan.slots * plan.C_in * plan.pitch : 0),
-        gradient_(plan.to_input ? plan.slots * plan.C_in * plan.pitch : 0),
+        gradients_(plan.depthwise ? 2 : 1),
+        gradient_(plan.to_input ? gradients_ * plan.slots * plan.C_in * plan.pitch : 0),
         zero_(plan.pitch),
         unused_(plan.pitch),
         lane_sums_(plan.depthwise && plan.to_weight ? pass.size * plan.kernel.lanes : 0),
+        lane_bias_(plan.depthwise && plan.to_bias ? plan.C * plan.kernel.lanes : 0),
         row_labels_(plan.p.W),
         labels_(phases_ * plan.width),
         upstream_(loss_ != nullptr && loss_->upstream != nullptr ? phases_ * plan.width : 0),
@@ -441,15 +454,13 @@ class Worker {
       Out* const halo = halos + item * (plan_.slots - 1) * plan_.C_in * plan_.p.input.w;
       run_item(item, halo);
     }
-    if (lane_sums_.data() != nullptr && sums != nullptr) {
-      const int lanes = plan_.kernel.lanes;
-      for (int64_t i = 0; i < pass_.size; ++i) {
-        Real* const lane = lane_sums_.data() + i * lanes;
-        double total = 0;
-        for (int j = 0; j < lanes; ++j) total += lane[j];
-        sums[i] = static_cast<Real>(total);
-        std::fill(lane, lane + lanes, Real{0});
-      }
+    if constexpr (std::is_same_v<Real, float>) {
+      if (!plan_.depthwise) return;
+      if (plan_.to_weight) plan_.kernel.take_lanes(lane_sums_.data(), pass_.size, sums);
+      if (!plan_.to_bias) return;
+      std::vector<float> bias(plan_.C);
+      plan_.kernel.take_lanes(lane_bias_.data(), plan_.C, bias.data());
+      for (int64_t c = 0; c < plan_.C; ++c) totals.bias[c] += bias[c];
     }
   }
 
@@ -461,7 +472,7 @@ class Worker {
     int64_t most = 0;
     for (int64_t i = pass_.begin; i < pass_.end; ++i) {
       const int P = plan_.chunks[i].P;
-      most = std::max(most, (plan_.C + 1) * P * plan_.block(P));
+      most = std::max(most, (plan_.C + 1) * plan_.stride(P, plan_.block(P)));
     }
     return most;
   }
@@ -520,7 +531,12 @@ class Worker {
     row_of_[slot] = -1;
     if (i < 0 || !touched_[slot]) return;
     touched_[slot] = 0;
+    const int64_t size = plan_.slots * plan_.C_in * plan_.pitch;
     Real* const gradient = gradient_.data() + slot * plan_.C_in * plan_.pitch;
+    for (int64_t at = 0; gradients_ == 2 && at < plan_.C_in * plan_.pitch; ++at) {
+      gradient[at] += gradient[size + at];
+      gradient[size + at] = 0;
+    }
     Out* out = static_cast<Out*>(loss_->to_input) + n_ * loss_->to_input_n + i * loss_->to_input_h;
     int64_t stride_c = loss_->to_input_c, stride_w = loss_->to_input_w;
     if (i >= owned_end_) {
@@ -622,15 +638,18 @@ class Worker {
       for (size_t r = 0; r < z_rows_.size(); ++r) z_rows_[r] = z_.data() + r * width;
       for (int64_t group = 0; group < plan_.p.groups; ++group) forward(j, i, q, width, group);
     }
+    const int64_t stride = plan_.stride(chunk.P, width);
     if (loss_ == nullptr) {
-      plan_.kernel.argmax(z_.data(), plan_.C, chunk.P, width, labels_.data() + at, plan_.width);
+      if (plan_.depthwise) plan_.kernel.depthwise_forward(depthwise_);
+      plan_.kernel.argmax(z_.data(), plan_.C, chunk.P, width, stride, labels_.data() + at,
+                          plan_.width);
       return;
     }
-    std::fill_n(z_.data() + plan_.C * chunk.P * width, chunk.P * width, Real{0});
     const auto pointer = [](const std::vector<Real>& v) { return v.empty() ? nullptr : v.data(); };
     SoftmaxTile<Real> tile{};
     tile.C = plan_.C;
     tile.width = width;
+    tile.stride = stride;
     tile.P = chunk.P;
     tile.z = z_.data();
     tile.pitch = plan_.width;
@@ -642,20 +661,25 @@ class Worker {
     tile.class_weight = pointer(weights_->class_weight_r);
     tile.gradient = plan_.gradient();
     tile.loss_map = wants_map() ? loss_map_.data() + at : nullptr;
-    plan_.kernel.softmax(tile);
+    if constexpr (std::is_same_v<Real, float>) {
+      plan_.depthwise ? plan_.kernel.depthwise_softmax(depthwise_, tile)
+                      : plan_.kernel.softmax(tile);
+    } else {
+      plan_.kernel.softmax(tile);
+    }
     if (std::is_same_v<Real, double>) clear_missing(chunk, q, width);
     totals_->loss += tile.loss;
     totals_->weight += tile.weight;
     totals_->valid += tile.valid;
+    if (plan_.depthwise) {
+      if (plan_.gradient()) plan_.kernel.depthwise_backward(depthwise_);
+      return;
+    }
     if (plan_.to_bias) {
       plan_.kernel.add_sums(z_.data(), plan_.C, chunk.P * width, totals_->bias.data());
     }
     if (!plan_.to_input && !plan_.to_weight) return;
-    if (plan_.depthwise) {
-      plan_.kernel.depthwise_backward(depthwise_);
-    } else {
-      for (int64_t group = 0; group < plan_.p.groups; ++group) backward(j, i, q, width, group);
-    }
+    for (int64_t group = 0; group < plan_.p.groups; ++group) backward(j, i, q, width, group);
   }
 
   // Where a phase has no cell the gradient is 0, also of a logit that is NaN.
@@ -685,13 +709,15 @@ class Worker {
     const std::vector<TapOf>& taps = pass_.taps[i];
     depthwise_taps_.clear();
     depthwise_ = {};
+    const int64_t size = plan_.slots * plan_.C * plan_.pitch;  // of a copy of the gradient
     for (const TapOf& tap : taps) {
       const Place at = place(j, chunk, tap);
       if (at.slot < 0) {
         depthwise_taps_.push_back({zero_.data(), 0, unused_.data(), 0});
       } else {
         const int64_t offset = at.slot * plan_.C * plan_.pitch + at.column + q;
-        float* const gradient = plan_.to_input ? gradient_.data() + offset : unused_.data();
+        const int64_t copy = depthwise_taps_.size() / 2 % 2 * size;
+        float* const gradient = plan_.to_input ? gradient_.data() + copy + offset : unused_.data();
         depthwise_taps_.push_back(
             {x_.data() + offset, plan_.pitch, gradient, plan_.to_input ? plan_.pitch : 0});
       }
@@ -699,6 +725,7 @@ class Worker {
     }
     depthwise_.C = plan_.C;
     depthwise_.width = width;
+    depthwise_.stride = plan_.stride(chunk.P, width);
     depthwise_.P = chunk.P;
     depthwise_.taps = static_cast<int>(taps.size());
     depthwise_.tap = depthwise_taps_.data();
@@ -709,7 +736,7 @@ class Worker {
     if (plan_.to_weight) {
       depthwise_.to_weight = lane_sums_.data() + pass_.offset[i] * plan_.kernel.lanes;
     }
-    plan_.kernel.depthwise_forward(depthwise_);
+    depthwise_.to_bias = lane_bias_.data();
   }
 
   // eq. 1 of one group
@@ -795,9 +822,11 @@ class Worker {
   std::vector<char> touched_;            // [slots] its gradient is not zero
   Buffer<Real> x_;                       // [slots][C_in][pitch]
   Buffer<Real> x_transposed_;            // [slots][pitch][C_in]
-  Buffer<Real> gradient_;                // [slots][C_in][pitch]
+  const int64_t gradients_;              // depthwise 2, of which taps take turns
+  Buffer<Real> gradient_;                // [gradients][slots][C_in][pitch]
   Buffer<Real> zero_, unused_;           // rows outside the input
   Buffer<Real> lane_sums_;               // [size][lanes] of the depthwise weights
+  Buffer<Real> lane_bias_;               // [C][lanes] of the depthwise bias
   Buffer<int32_t> row_labels_, labels_;  // [W], [phases][width]
   Buffer<Real> upstream_, loss_map_;     // [phases][width]
   Buffer<Real> z_;
@@ -993,7 +1022,7 @@ BadLabel run(const ConvTransposeCrossEntropy& problem, const ParallelFor& parall
   if (!halos.empty()) add_halos(plan, halos, parallel_for);
   // No valid pixel: the mean is NaN, but the gradient is 0.
   const double factor = mean && all.valid > 0 ? 1.0 / all.weight : 1.0;
-  scale<Out>(problem.to_input, input_size, factor, parallel_for);
+  scale<Out>(problem.to_input, input_size, factor / plan.unit, parallel_for);
   scale<Out>(problem.to_weight, weight_size, factor, parallel_for);
   for (int64_t c = 0; plan.to_bias && c < plan.C; ++c) {
     static_cast<Out*>(problem.to_bias)[c] = static_cast<Out>(all.bias[c] * factor);

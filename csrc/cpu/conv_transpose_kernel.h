@@ -15,8 +15,10 @@
 // The label of argmax is the lowest c with the greatest z_c.
 //
 // In eq. 1 to 4 a lane is a cell. Eq. 5 has k in the lanes, from a transposed X. Where every class
-// has its own channel (depthwise), k is a tap alone and eq. 4 and 5 read d once; there the sum
-// over q of eq. 5 is left in the lanes.
+// has its own channel (depthwise), k is a tap alone, A and bias carry the log2 e of eq. 2, eq. 4
+// and 5 read d once, and the sums over q of eq. 5 and of d (the bias) are left in the lanes. There
+// the tile holds, where nothing is smoothed and so alpha = beta,
+//   6. e_c - s [c = y],  and in row C the factor u alpha / s that makes it d_c
 
 #include "read_labels.h"
 
@@ -140,167 +142,39 @@ inline void multiply(const Product<float>& g) {
   }
 }
 
-// ---- depthwise ----
-
-// eq. 1
-template <int P>
-inline void depthwise_forward_phases(const Depthwise& g) {
-  for (int64_t c = 0; c < g.C; ++c) {
-    float* z = g.z + c * P * g.width;
-    for (int t = 0; t < g.taps; t += 4) {
-      const float* x[4];
-      Float w[P][4];
-      FCNSEG_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        x[i] = g.tap[t + i].x + c * g.tap[t + i].x_pitch;
-        FCNSEG_UNROLL
-        for (int p = 0; p < P; ++p) w[p][i] = splat(g.weight[(c * P + p) * g.taps + t + i]);
-      }
-      const Float bias = splat(g.bias[c]);
-      for (int64_t q = 0; q < g.width; q += kLanes) {
-        const Float x0 = load(x[0] + q), x1 = load(x[1] + q), x2 = load(x[2] + q),
-                    x3 = load(x[3] + q);
-        FCNSEG_UNROLL
-        for (int p = 0; p < P; ++p) {
-          float* out = z + p * g.width + q;
-          Float sum = t == 0 ? bias : load(out);
-          sum = fma(w[p][0], x0, sum);
-          sum = fma(w[p][1], x1, sum);
-          sum = fma(w[p][2], x2, sum);
-          store(out, fma(w[p][3], x3, sum));
-        }
-      }
-    }
-  }
-}
-
-// eq. 4 and 5
-template <int P, bool kToInput, bool kToWeight>
-inline void depthwise_backward_phases(const Depthwise& g) {
-  for (int64_t c = 0; c < g.C; ++c) {
-    const float* d = g.z + c * P * g.width;
-    for (int pair = 0; pair < g.pairs; ++pair) {
-      const DepthwiseTap &first = g.tap[2 * pair], &second = g.tap[2 * pair + 1];
-      const float* x0 = first.x + c * first.x_pitch;
-      const float* x1 = second.x + c * second.x_pitch;
-      float* g0 = first.gradient + c * first.gradient_pitch;
-      float* g1 = second.gradient + c * second.gradient_pitch;
-      Float w0[P], w1[P], sum0[P], sum1[P];
-      FCNSEG_UNROLL
-      for (int p = 0; p < P; ++p) {
-        const int64_t at = (c * P + p) * g.taps + 2 * pair;
-        if constexpr (kToInput) {
-          w0[p] = splat(g.weight[at]);
-          w1[p] = splat(g.weight[at + 1]);
-        }
-        if constexpr (kToWeight) {
-          sum0[p] = load(g.to_weight + at * kLanes);
-          sum1[p] = load(g.to_weight + (at + 1) * kLanes);
-        }
-      }
-      for (int64_t q = 0; q < g.width; q += kLanes) {
-        const Float a0 = load(x0 + q), a1 = load(x1 + q);
-        Float b0, b1;
-        if constexpr (kToInput) {
-          b0 = load(g0 + q);
-          b1 = load(g1 + q);
-        }
-        FCNSEG_UNROLL
-        for (int p = 0; p < P; ++p) {
-          const Float value = load(d + p * g.width + q);
-          if constexpr (kToInput) {
-            b0 = fma(w0[p], value, b0);
-            b1 = fma(w1[p], value, b1);
-          }
-          if constexpr (kToWeight) {
-            sum0[p] = fma(a0, value, sum0[p]);
-            sum1[p] = fma(a1, value, sum1[p]);
-          }
-        }
-        if constexpr (kToInput) {
-          store(g0 + q, b0);
-          store(g1 + q, b1);
-        }
-      }
-      if constexpr (kToWeight) {
-        FCNSEG_UNROLL
-        for (int p = 0; p < P; ++p) {
-          const int64_t at = (c * P + p) * g.taps + 2 * pair;
-          store(g.to_weight + at * kLanes, sum0[p]);
-          store(g.to_weight + (at + 1) * kLanes, sum1[p]);
-        }
-      }
-    }
-  }
-}
-
-inline void depthwise_forward(const Depthwise& g) {
-  switch (g.P) {
-    case 1:
-      return depthwise_forward_phases<1>(g);
-    case 2:
-      return depthwise_forward_phases<2>(g);
-    case 3:
-      return depthwise_forward_phases<3>(g);
-    default:
-      return depthwise_forward_phases<4>(g);
-  }
-}
-
-template <int P>
-inline void depthwise_backward_of(const Depthwise& g) {
-  if (g.to_weight == nullptr) return depthwise_backward_phases<P, true, false>(g);
-  if (!g.to_input) return depthwise_backward_phases<P, false, true>(g);
-  depthwise_backward_phases<P, true, true>(g);
-}
-
-inline void depthwise_backward(const Depthwise& g) {
-  switch (g.P) {
-    case 1:
-      return depthwise_backward_of<1>(g);
-    case 2:
-      return depthwise_backward_of<2>(g);
-    case 3:
-      return depthwise_backward_of<3>(g);
-    default:
-      return depthwise_backward_of<4>(g);
-  }
-}
-
 // ---- softmax, loss, gradient of the logits ----
 
-// eq. 2 and 3 for U vectors of pixels, z[c] at c * stride
-template <int U, bool kGradient, bool kSmooth>
-inline void softmax_pixels(SoftmaxTile<float>& g, float* z, int64_t stride, int64_t pixel,
-                           Float& loss, Float& weight) {
-  Float maximum[U], target[U], smoothed[U], s[U];
+// eq. 2 and 3 for U vectors of pixels, `maximum` their greatest logits: vector u has the logits
+// z[u * z_step + c * stride] and the label at pixel + u * pixel_step. kDepthwise: the logits are in
+// units of ln 2, and the gradient is left as eq. 6, its factor in row C.
+template <int U, bool kGradient, bool kSmooth, bool kDepthwise>
+FCNSEG_INLINE void softmax_pixels(SoftmaxTile<float>& g, float* z, int64_t z_step, int64_t pixel,
+                                  int64_t pixel_step, const Float (&maximum)[U], Float& loss,
+                                  Float& weight) {
+  constexpr float kUnit = kDepthwise ? 1.f : kLog2E;
+  Float target[U], smoothed[U], s[U];
   Int label[U], lane;
   for (int j = 0; j < kLanes; ++j) lane[j] = j;
   const Int none = splat_int(static_cast<int32_t>(g.C));
   FCNSEG_UNROLL
   for (int u = 0; u < U; ++u) {
-    maximum[u] = load(z + u * kLanes);
     smoothed[u] = s[u] = splat(0.f);
-    label[u] = load_int(g.labels + pixel + u * kLanes);
-    target[u] = gather(z + u * kLanes, label[u] * static_cast<int32_t>(stride) + lane);
-  }
-  for (int64_t c = 1; c < g.C; ++c) {
-    const float* row = z + c * stride;
-    FCNSEG_UNROLL
-    for (int u = 0; u < U; ++u) maximum[u] = vmax(maximum[u], load(row + u * kLanes));
+    label[u] = load_int(g.labels + pixel + u * pixel_step);
+    target[u] = gather(z + u * z_step, label[u] * static_cast<int32_t>(g.stride) + lane);
   }
   for (int64_t c = 0; c < g.C; ++c) {
-    float* row = z + c * stride;
+    float* row = z + c * g.stride;
     FCNSEG_UNROLL
     for (int u = 0; u < U; ++u) {
-      const Float t = (load(row + u * kLanes) - maximum[u]) * kLog2E;
+      const Float t = (load(row + u * z_step) - maximum[u]) * kUnit;
       if constexpr (kSmooth) smoothed[u] = fma(splat(g.smoothing_weight[c]), t, smoothed[u]);
       // below 2^-100 nothing is left of it in a sum of at least 1
       const Float e = exp2(vmax(t, splat(-100.f)));
-      if constexpr (kGradient) store(row + u * kLanes, e);
+      if constexpr (kGradient) store(row + u * z_step, e);
       s[u] += e;
     }
   }
+  constexpr bool kScale = kSmooth || !kDepthwise;
   Float factor[U], shift[U];
   alignas(64) float one_hot[U][kLanes];
   FCNSEG_UNROLL
@@ -318,58 +192,79 @@ inline void softmax_pixels(SoftmaxTile<float>& g, float* z, int64_t stride, int6
     } else {
       weight += select(ignored, splat(0.f), splat(1.f));
     }
-    const Float t = (target[u] - maximum[u]) * kLog2E;
+    const Float t = (target[u] - maximum[u]) * kUnit;
     Float l = alpha * log2(s[u]) - beta * t;
     if constexpr (kSmooth) l -= smoothed[u];
     l = select(ignored, splat(0.f), l * kLn2);
     loss += l;
     g.valid += kLanes - __builtin_popcount(nonzero_bits(ignored));
-    if (g.loss_map != nullptr) store(g.loss_map + pixel + u * kLanes, l);
+    if (g.loss_map != nullptr) store(g.loss_map + pixel + u * pixel_step, l);
     if constexpr (kGradient) {
       shift[u] = select(ignored, splat(0.f), splat(1.f));
       if (g.upstream != nullptr) {
-        const Float upstream = load(g.upstream + pixel + u * kLanes);
+        const Float upstream = load(g.upstream + pixel + u * pixel_step);
         alpha = alpha * upstream;
         beta = beta * upstream;
         shift[u] = shift[u] * upstream;
       }
       factor[u] = alpha / s[u];
-      store(one_hot[u], beta);
+      store(one_hot[u], kScale ? beta : s[u]);
+    }
+  }
+  if constexpr (kGradient && kScale) {
+    for (int64_t c = 0; c < g.C; ++c) {
+      float* row = z + c * g.stride;
+      FCNSEG_UNROLL
+      for (int u = 0; u < U; ++u) {
+        Float d = load(row + u * z_step) * factor[u];
+        if constexpr (kSmooth) d -= splat(g.smoothing_weight[c]) * shift[u];
+        store(row + u * z_step, d);
+      }
     }
   }
   if constexpr (kGradient) {
-    for (int64_t c = 0; c < g.C; ++c) {
-      float* row = z + c * stride;
-      FCNSEG_UNROLL
-      for (int u = 0; u < U; ++u) {
-        Float d = load(row + u * kLanes) * factor[u];
-        if constexpr (kSmooth) d -= splat(g.smoothing_weight[c]) * shift[u];
-        store(row + u * kLanes, d);
-      }
-    }
-    // Row C takes those of the ignored pixels, which are 0.
+    // Row C takes those of the ignored pixels.
     FCNSEG_UNROLL
     for (int u = 0; u < U; ++u) {
       for (int j = 0; j < kLanes; ++j) {
-        const int64_t at = g.labels[pixel + u * kLanes + j] * stride + u * kLanes + j;
+        const int64_t at = g.labels[pixel + u * pixel_step + j] * g.stride + u * z_step + j;
         z[at] -= one_hot[u][j];
       }
     }
   }
+  if constexpr (kGradient && kDepthwise) {
+    FCNSEG_UNROLL
+    for (int u = 0; u < U; ++u) {
+      store(z + g.C * g.stride + u * z_step, kScale ? splat(1.f) : factor[u]);
+    }
+  }
+}
+
+template <int U, bool kGradient, bool kSmooth>
+inline void softmax_columns(SoftmaxTile<float>& g, float* z, int64_t pixel, Float& loss,
+                            Float& weight) {
+  Float maximum[U];
+  FCNSEG_UNROLL
+  for (int u = 0; u < U; ++u) maximum[u] = load(z + u * kLanes);
+  for (int64_t c = 1; c < g.C; ++c) {
+    const float* row = z + c * g.stride;
+    FCNSEG_UNROLL
+    for (int u = 0; u < U; ++u) maximum[u] = vmax(maximum[u], load(row + u * kLanes));
+  }
+  softmax_pixels<U, kGradient, kSmooth, false>(g, z, kLanes, pixel, kLanes, maximum, loss, weight);
 }
 
 template <bool kGradient, bool kSmooth>
 inline void softmax_tile(SoftmaxTile<float>& g) {
-  const int64_t stride = g.P * g.width;
   Float loss = splat(0.f), weight = splat(0.f);
   for (int p = 0; p < g.P; ++p) {
     float* z = g.z + p * g.width;
     int64_t q = 0;
     for (; q + 2 * kLanes <= g.width; q += 2 * kLanes) {
-      softmax_pixels<2, kGradient, kSmooth>(g, z + q, stride, p * g.pitch + q, loss, weight);
+      softmax_columns<2, kGradient, kSmooth>(g, z + q, p * g.pitch + q, loss, weight);
     }
     if (q < g.width) {
-      softmax_pixels<1, kGradient, kSmooth>(g, z + q, stride, p * g.pitch + q, loss, weight);
+      softmax_columns<1, kGradient, kSmooth>(g, z + q, p * g.pitch + q, loss, weight);
     }
   }
   g.loss += sum(loss);
@@ -382,17 +277,181 @@ inline void softmax(SoftmaxTile<float>& g) {
   smooth ? softmax_tile<false, true>(g) : softmax_tile<false, false>(g);
 }
 
+// ---- depthwise ----
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+template <typename F>
+inline void with_phases(int P, F call) {
+  switch (P) {
+    case 1:
+      return call(Number<1>{});
+    case 2:
+      return call(Number<2>{});
+    case 3:
+      return call(Number<3>{});
+    default:
+      return call(Number<4>{});
+  }
+}
+
+// eq. 1 of a vector of cells, and the greatest logits
+template <int P>
+FCNSEG_INLINE void depthwise_cells(const Depthwise& g, int64_t q, Float (&maximum)[P]) {
+  const float* w = g.weight;
+  const float* x[4];
+  for (int i = 0; i < 4; ++i) x[i] = g.tap[i].x + q;
+  float* z = g.z + q;
+  FCNSEG_UNROLL
+  for (int p = 0; p < P; ++p) maximum[p] = splat(-__FLT_MAX__);
+  for (int64_t c = 0; c < g.C; ++c, w += P * g.taps, z += g.stride) {
+    Float sum[P];
+    FCNSEG_UNROLL
+    for (int p = 0; p < P; ++p) sum[p] = splat(g.bias[c]);
+    FCNSEG_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const Float value = load(x[i]);
+      x[i] += g.tap[i].x_pitch;
+      FCNSEG_UNROLL
+      for (int p = 0; p < P; ++p) sum[p] = fma(splat(w[p * g.taps + i]), value, sum[p]);
+    }
+    for (int t = 4; t < g.taps; ++t) {
+      const Float value = load(g.tap[t].x + c * g.tap[t].x_pitch + q);
+      FCNSEG_UNROLL
+      for (int p = 0; p < P; ++p) sum[p] = fma(splat(w[p * g.taps + t]), value, sum[p]);
+    }
+    FCNSEG_UNROLL
+    for (int p = 0; p < P; ++p) {
+      store(z + p * g.width, sum[p]);
+      maximum[p] = vmax(maximum[p], sum[p]);
+    }
+  }
+}
+
+inline void depthwise_forward(const Depthwise& g) {
+  with_phases(g.P, [&](auto P) {
+    Float maximum[P.value];
+    for (int64_t q = 0; q < g.width; q += kLanes) depthwise_cells<P.value>(g, q, maximum);
+  });
+}
+
+template <int P, bool kGradient, bool kSmooth>
+inline void depthwise_softmax_tile(const Depthwise& d, SoftmaxTile<float>& g) {
+  Float loss = splat(0.f), weight = splat(0.f);
+  for (int64_t q = 0; q < g.width; q += kLanes) {
+    Float maximum[P];
+    depthwise_cells<P>(d, q, maximum);
+    softmax_pixels<P, kGradient, kSmooth, true>(g, g.z + q, g.width, q, g.pitch, maximum, loss,
+                                                weight);
+  }
+  g.loss += sum(loss);
+  g.weight += sum(weight);
+}
+
+inline void depthwise_softmax(const Depthwise& d, SoftmaxTile<float>& g) {
+  with_phases(g.P, [&](auto P) {
+    const bool smooth = g.smoothing_weight != nullptr;
+    if (!g.gradient) {
+      smooth ? depthwise_softmax_tile<P.value, false, true>(d, g)
+             : depthwise_softmax_tile<P.value, false, false>(d, g);
+    } else {
+      smooth ? depthwise_softmax_tile<P.value, true, true>(d, g)
+             : depthwise_softmax_tile<P.value, true, false>(d, g);
+    }
+  });
+}
+
+// eq. 4 to 6 of T taps
+template <int P, int T, bool kToInput, bool kToWeight>
+inline void depthwise_backward_taps(const Depthwise& g, int first) {
+  const DepthwiseTap* tap = g.tap + first;
+  const float* factor = g.z + g.C * g.stride;
+  for (int64_t c = 0; c < g.C; ++c) {
+    const float* d = g.z + c * g.stride;
+    const float* w = g.weight + c * P * g.taps + first;
+    const float* x[T];
+    float* to[T];
+    Float sums[P][T], bias = splat(0.f);
+    float* const to_weight = g.to_weight + (c * P * g.taps + first) * kLanes;
+    FCNSEG_UNROLL
+    for (int i = 0; i < T; ++i) {
+      x[i] = tap[i].x + c * tap[i].x_pitch;
+      to[i] = tap[i].gradient + c * tap[i].gradient_pitch;
+      FCNSEG_UNROLL
+      for (int p = 0; kToWeight && p < P; ++p) {
+        sums[p][i] = load(to_weight + (p * g.taps + i) * kLanes);
+      }
+    }
+    for (int64_t q = 0; q < g.width; q += kLanes) {
+      Float a[T], b[T];
+      FCNSEG_UNROLL
+      for (int i = 0; i < T; ++i) {
+        if constexpr (kToWeight) a[i] = load(x[i] + q);
+        if constexpr (kToInput) b[i] = load(to[i] + q);
+      }
+      FCNSEG_UNROLL
+      for (int p = 0; p < P; ++p) {
+        const Float value = load(d + p * g.width + q) * load(factor + p * g.width + q);
+        bias += value;
+        FCNSEG_UNROLL
+        for (int i = 0; i < T; ++i) {
+          if constexpr (kToInput) b[i] = fma(splat(w[p * g.taps + i]), value, b[i]);
+          if constexpr (kToWeight) sums[p][i] = fma(a[i], value, sums[p][i]);
+        }
+      }
+      FCNSEG_UNROLL
+      for (int i = 0; kToInput && i < T; ++i) store(to[i] + q, b[i]);
+    }
+    FCNSEG_UNROLL
+    for (int i = 0; kToWeight && i < T; ++i) {
+      FCNSEG_UNROLL
+      for (int p = 0; p < P; ++p) store(to_weight + (p * g.taps + i) * kLanes, sums[p][i]);
+    }
+    if (first == 0 && g.to_bias != nullptr) {
+      store(g.to_bias + c * kLanes, load(g.to_bias + c * kLanes) + bias);
+    }
+  }
+}
+
+template <int P, bool kToInput, bool kToWeight>
+inline void depthwise_backward_tile(const Depthwise& g) {
+  int first = 0;
+  do {
+    if (kLanes == 16 && first + 2 < 2 * g.pairs) {  // as many sums as the registers hold
+      depthwise_backward_taps<P, 4, kToInput, kToWeight>(g, first);
+      first += 4;
+    } else {
+      depthwise_backward_taps<P, 2, kToInput, kToWeight>(g, first);
+      first += 2;
+    }
+  } while (first < 2 * g.pairs);
+}
+
+inline void depthwise_backward(const Depthwise& g) {
+  with_phases(g.P, [&](auto P) {
+    if (g.to_weight == nullptr) {
+      g.to_input ? depthwise_backward_tile<P.value, true, false>(g)
+                 : depthwise_backward_tile<P.value, false, false>(g);
+    } else {
+      g.to_input ? depthwise_backward_tile<P.value, true, true>(g)
+                 : depthwise_backward_tile<P.value, false, true>(g);
+    }
+  });
+}
+
 // ---- argmax and sums ----
 
-inline void argmax(const float* z, int64_t C, int P, int64_t width, int32_t* labels,
-                   int64_t pitch) {
+inline void argmax(const float* z, int64_t C, int P, int64_t width, int64_t stride,
+                   int32_t* labels, int64_t pitch) {
   for (int p = 0; p < P; ++p) {
     for (int64_t q = 0; q < width; q += kLanes) {
       const float* at = z + p * width + q;
       Float best = load(at);
       Int id = splat_int(0);
       for (int64_t c = 1; c < C; ++c) {
-        keep_greater(load(at + c * P * width), splat_int(static_cast<int32_t>(c)), best, id);
+        keep_greater(load(at + c * stride), splat_int(static_cast<int32_t>(c)), best, id);
       }
       store_int(labels + p * pitch + q, id);
     }
@@ -407,11 +466,18 @@ inline void add_sums(const float* z, int64_t C, int64_t size, double* sums) {
   }
 }
 
+inline void take_lanes(float* lanes, int64_t size, float* sums) {
+  for (int64_t i = 0; i < size; ++i) {
+    sums[i] = static_cast<float>(sum(load(lanes + i * kLanes)));
+    store(lanes + i * kLanes, splat(0.f));
+  }
+}
+
 #undef FCNSEG_UNROLL
 
 inline ConvTransposeKernel<float> kernel() {
-  return {kLanes,   &multiply, &depthwise_forward, &depthwise_backward,
-          &softmax, &argmax,   &add_sums,          &read_label_row};
+  return {kLanes,   &multiply, &depthwise_forward, &depthwise_softmax, &depthwise_backward,
+          &softmax, &argmax,   &add_sums,          &take_lanes,        &read_label_row};
 }
 
 }  // namespace conv_transpose

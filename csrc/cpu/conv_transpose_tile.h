@@ -1,5 +1,6 @@
 // What the driver (conv_transpose_core.cpp) hands to a kernel (conv_transpose_kernel.h): a tile of
-// logits z[c][p][q], class c at phase p of cell q, and the matrices around it.
+// logits z[c][p][q], class c at phase p of cell q, classes `stride` apart, and the matrices around
+// it.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,7 @@ struct Product {
 };
 
 // One class, a few taps, pixel by pixel; taps come in pairs of one column offset, in fours overall.
+// The two pairs of a four add to different gradients, so that no two taps of it overlap.
 constexpr int kMaxDepthwisePhases = 4;
 struct DepthwiseTap {
   const float* x;  // class 0, first cell; then `pitch` from class to class
@@ -29,22 +31,23 @@ struct DepthwiseTap {
   int64_t gradient_pitch;
 };
 struct Depthwise {
-  int64_t C, width;  // cells, a multiple of the lanes
-  int P, taps;       // taps: a multiple of 4
-  int pairs;         // of taps that are not all padding
+  int64_t C, width, stride;  // width: cells, a multiple of the lanes
+  int P, taps;               // taps: a multiple of 4
+  int pairs;                 // of taps that are not all padding
   const DepthwiseTap* tap;
   const float* weight;  // [C][P][taps]
   const float* bias;    // [C]
-  float* z;             // [C][P][width]
+  float* z;             // [C + 1][P][width]
   bool to_input;
   float* to_weight;  // [C][P][taps][lanes], added to; null where not wanted
+  float* to_bias;    // [C][lanes], the same
 };
 
 template <typename Real>
 struct SoftmaxTile {
-  int64_t C, width;  // cells, a multiple of the lanes
+  int64_t C, width, stride;  // width: cells, a multiple of the lanes
   int P;
-  Real* z;  // [C + 1][P][width], zero in the last class; the gradient afterwards
+  Real* z;  // [C + 1][P][width], anything in the last class; the gradient afterwards
   int64_t pitch;
   const int32_t* labels;       // [P][pitch]: C where ignored or padding
   const Real* upstream;        // [P][pitch], 0 where ignored; null: 1
@@ -66,13 +69,17 @@ struct ConvTransposeKernel {
   int lanes;
   // c, or rows of it, in blocks that stay in registers
   void (*multiply)(const Product<Real>&);
-  void (*depthwise_forward)(const Depthwise&);   // null in double
-  void (*depthwise_backward)(const Depthwise&);  // z holds the gradient of the logits
+  void (*depthwise_forward)(const Depthwise&);  // null in double, as are the next two
+  void (*depthwise_softmax)(const Depthwise&, SoftmaxTile<float>&);  // forward and softmax
+  void (*depthwise_backward)(const Depthwise&);                      // of what that left in z
   void (*softmax)(SoftmaxTile<Real>&);
   // Labels [P][pitch] of a tile z [C][P][width].
-  void (*argmax)(const Real* z, int64_t C, int P, int64_t width, int32_t* labels, int64_t pitch);
+  void (*argmax)(const Real* z, int64_t C, int P, int64_t width, int64_t stride, int32_t* labels,
+                 int64_t pitch);
   // sums[c] += the sum of z[c][0 .. size)
   void (*add_sums)(const Real* z, int64_t C, int64_t size, double* sums);
+  // sums[i] = the sum of lanes[i][0 .. lanes), which is cleared; null in double
+  void (*take_lanes)(float* lanes, int64_t size, float* sums);
   int64_t (*labels)(const Labels&, int64_t row, int64_t C, int64_t ignore, int32_t* out);
 };
 
