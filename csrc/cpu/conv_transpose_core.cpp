@@ -199,7 +199,7 @@ constexpr int64_t kItemsPerImage = 16;
 constexpr int64_t kMostUnits = 64;
 constexpr int64_t kSumsBytes = 8 << 20;    // of all units, in a pass
 constexpr int64_t kTileBytes = 128 << 10;  // of logits
-constexpr int64_t kDepthwiseTileBytes = 24 << 10;
+constexpr int64_t kDepthwiseTileBytes = 48 << 10;
 constexpr int64_t kTileCells = 128;
 
 // A tap of a chunk at the rows' phase of a pass: its places in phases[f] of the two axes.
