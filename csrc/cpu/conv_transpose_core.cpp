@@ -3,8 +3,8 @@
 // conv_transpose_kernel.h.
 //
 // Who owns what. All target rows of one phase f_y see the same weights, 1 / stride of them. A pass
-// is such a phase (or, where the weights are large, part of its columns' phases): it packs its
-// weights, runs all work items, and adds up their sums of the weight gradient. A work item is a run
+// is such a phase (where the weights are small, a few; where they are large, part of its columns'
+// phases): it packs its weights, runs all work items, and adds up their sums of the weight gradient. A work item is a run
 // of rows of cells of one image. It adds to the gradient of the input rows that it owns; the rows
 // below, which belong to the next item, go to halo rows of its own, added at the end in a fixed
 // order. A unit is a run of items with one sum of the weight gradient. Items, units and passes
@@ -198,6 +198,7 @@ void with_type(DType dtype, F call) {
 constexpr int64_t kItemsPerImage = 16;
 constexpr int64_t kMostUnits = 64;
 constexpr int64_t kSumsBytes = 8 << 20;    // of all units, in a pass
+constexpr int64_t kPassBytes = 512 << 10;  // of a pass of several phases: sums and weights
 constexpr int64_t kTileBytes = 128 << 10;  // of logits
 constexpr int64_t kDepthwiseTileBytes = 48 << 10;
 constexpr int64_t kTileCells = 128;
@@ -224,7 +225,7 @@ struct Plan {
   int64_t pitch;         // of the row buffers
   int64_t slots;         // input rows that a row of cells may see
   int64_t cells_per_item, items_per_image, items, items_per_unit, units;
-  int64_t chunks_per_pass;
+  int64_t chunks_per_pass, rows_per_pass;  // phases of the rows
   std::vector<Real> bias;
 
   Plan(const ConvTranspose& conv, const ConvTransposeCrossEntropy* loss)
@@ -320,35 +321,54 @@ struct Plan {
   void cut_passes() {
     items_per_unit = std::max<int64_t>(1, (items + kMostUnits - 1) / kMostUnits);
     chunks_per_pass = static_cast<int64_t>(chunks.size());
-    if (to_weight) {
-      int64_t most = 1;  // bytes of one chunk's weights
-      for (int64_t fy = 0; fy < rows.count(); ++fy) {
-        for (const Chunk& chunk : chunks) {
-          const int64_t inner = inner_pitch(taps(fy, chunk).size());
-          most = std::max<int64_t>(most, C * chunk.P * inner * sizeof(Real));
-        }
+    int64_t most = 1, most_of_row = 1;  // bytes of the weights of one chunk, of one phase
+    for (int64_t fy = 0; fy < rows.count(); ++fy) {
+      int64_t of_row = 0;
+      for (const Chunk& chunk : chunks) {
+        const int64_t inner = inner_pitch(taps(fy, chunk).size());
+        const int64_t bytes = C * chunk.P * inner * sizeof(Real);
+        most = std::max<int64_t>(most, bytes);
+        of_row += bytes;
       }
+      most_of_row = std::max(most_of_row, of_row);
+    }
+    if (to_weight) {
       const auto unit_count = [&] { return (items + items_per_unit - 1) / items_per_unit; };
       while (unit_count() > 1 && unit_count() * most > kSumsBytes) ++items_per_unit;
       const int64_t fit = kSumsBytes / (most * std::max<int64_t>(unit_count(), 1));
       chunks_per_pass = std::clamp<int64_t>(fit, 1, chunks_per_pass);
     }
     units = (items + items_per_unit - 1) / items_per_unit;
+    const int64_t fit = kPassBytes / (most_of_row * (to_weight ? units + 1 : 1));
+    const int64_t passes = fit > 0 ? (rows.count() + fit - 1) / fit : rows.count();
+    rows_per_pass = (rows.count() + passes - 1) / passes;
   }
 };
 
-// One phase of the rows, some chunks of the columns, with the packed weights [c][p][k].
+// One phase of the rows and one chunk of the columns, with the packed weights [c][p][k].
+template <typename Real>
+struct Part {
+  int64_t fy;
+  Chunk chunk;
+  std::vector<TapOf> taps;
+  int64_t inner, offset;    // length of a row, place in the weights of the pass
+  std::vector<Real> start;  // the bias of each row [c][p]; empty where depthwise
+};
+
+// Some phases of the rows, some chunks of the columns.
 template <typename Real>
 struct Pass {
-  int64_t fy, begin, end;                // chunks
-  std::vector<std::vector<TapOf>> taps;  // of each chunk
-  std::vector<int64_t> inner, offset;    // of each chunk: length of a row, place in `weight`
+  int64_t fy_begin, fy_end, begin, end;  // phases of the rows, chunks
+  std::vector<Part<Real>> parts;         // [fy][chunk]
   int64_t size = 0;
   Buffer<Real> weight;
 
-  Pass(const Plan<Real>& plan, int64_t fy, int64_t begin, int64_t end,
-       const ParallelFor& parallel_for)
-      : fy(fy), begin(begin), end(end), weight(measure(plan)) {
+  Pass(const Plan<Real>& plan, int64_t fy_begin, int64_t begin, const ParallelFor& parallel_for)
+      : fy_begin(fy_begin),
+        fy_end(std::min(plan.rows.count(), fy_begin + plan.rows_per_pass)),
+        begin(begin),
+        end(std::min<int64_t>(plan.chunks.size(), begin + plan.chunks_per_pass)),
+        weight(add_parts(plan)) {
     with_type(plan.p.input.dtype, [&](auto type) {
       const auto* source = static_cast<const decltype(type)*>(plan.p.weight);
       parallel_for(plan.C, [&](int64_t first, int64_t last) {
@@ -361,21 +381,24 @@ struct Pass {
     });
   }
 
+  const Part<Real>* row_parts(int64_t fy) const {
+    return parts.data() + (fy - fy_begin) * (end - begin);
+  }
+
   // Calls with the packed place of each weight of class c, and its place in a tensor of `strides`.
   template <typename F>
   void for_each_weight(const Plan<Real>& plan, int64_t c, const int64_t* strides, F call) const {
     const int64_t start = c / plan.M * plan.I * strides[0] + c % plan.M * strides[1];
-    for (int64_t i = 0; i < end - begin; ++i) {
-      const Chunk& chunk = plan.chunks[begin + i];
-      for (int q = 0; q < chunk.P; ++q) {
-        int64_t packed = offset[i] + (c * chunk.P + q) * inner[i];
-        for (const TapOf& tap : taps[i]) {
+    for (const Part<Real>& part : parts) {
+      for (int q = 0; q < part.chunk.P; ++q) {
+        int64_t packed = part.offset + (c * part.chunk.P + q) * part.inner;
+        for (const TapOf& tap : part.taps) {
           if (tap.row < 0) {
             packed += plan.I;
             continue;
           }
-          const auto& column = plan.columns.phases[chunk.first + q][tap.column];
-          const int64_t at = start + plan.rows.phases[fy][tap.row].kernel * strides[2] +
+          const auto& column = plan.columns.phases[part.chunk.first + q][tap.column];
+          const int64_t at = start + plan.rows.phases[part.fy][tap.row].kernel * strides[2] +
                              column.kernel * strides[3];
           for (int64_t i_in = 0; i_in < plan.I; ++i_in) call(packed++, at + i_in * strides[0]);
         }
@@ -384,12 +407,18 @@ struct Pass {
   }
 
  private:
-  int64_t measure(const Plan<Real>& plan) {
-    for (int64_t i = begin; i < end; ++i) {
-      taps.push_back(plan.taps(fy, plan.chunks[i]));
-      inner.push_back(plan.inner_pitch(taps.back().size()));
-      offset.push_back(size);
-      size += plan.C * plan.chunks[i].P * inner.back();
+  int64_t add_parts(const Plan<Real>& plan) {
+    for (int64_t fy = fy_begin; fy < fy_end; ++fy) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Chunk& chunk = plan.chunks[i];
+        Part<Real> part{fy, chunk, plan.taps(fy, chunk), 0, size, {}};
+        part.inner = plan.inner_pitch(part.taps.size());
+        for (int64_t r = 0; !plan.depthwise && r < plan.C * chunk.P; ++r) {
+          part.start.push_back(plan.bias[r / chunk.P]);
+        }
+        size += plan.C * chunk.P * part.inner;
+        parts.push_back(std::move(part));
+      }
     }
     return size;
   }
@@ -433,14 +462,12 @@ class Worker {
         upstream_(loss_ != nullptr && loss_->upstream != nullptr ? phases_ * plan.width : 0),
         loss_map_(wants_map() ? phases_ * plan.width : 0),
         z_(tile_size()) {
-    if (!plan.depthwise) {
-      for (int64_t i = pass.begin; i < pass.end; ++i) {
-        const int P = plan.chunks[i].P;
-        starts_.emplace_back(plan.C * P);
-        for (int64_t r = 0; r < plan.C * P; ++r) starts_.back()[r] = plan.bias[r / P];
-        most_columns_ = std::max(most_columns_, plan.block(P) * pass.inner[i - pass.begin]);
+    if (transposed_) {
+      int64_t most = 0;
+      for (const Part<Real>& part : pass.parts) {
+        most = std::max(most, plan.block(part.chunk.P) * part.inner);
       }
-      if (transposed_) columns_ = std::make_unique<Buffer<Real>>(most_columns_);
+      columns_ = std::make_unique<Buffer<Real>>(most);
     }
   }
 
@@ -486,15 +513,17 @@ class Worker {
     owned_end_ = last ? plan_.p.input.h : end + plan_.rows.first;
     halo_ = halo;
     for (int64_t j = begin; j < end; ++j) {
-      const int64_t y = j * plan_.rows.stride + pass_.fy;
-      if (y >= plan_.p.H) break;
       for (int64_t slot = 0; slot < plan_.slots; ++slot) {
         if (row_of_[slot] < j + plan_.rows.first) finish_row(slot);
       }
-      for (const auto& tap : plan_.rows.phases[pass_.fy]) {
-        if (inside(j + tap.offset)) load_row(j + tap.offset);
+      for (int64_t fy = pass_.fy_begin; fy < pass_.fy_end; ++fy) {
+        const int64_t y = j * plan_.rows.stride + fy;
+        if (y >= plan_.p.H) break;
+        for (const auto& tap : plan_.rows.phases[fy]) {
+          if (inside(j + tap.offset)) load_row(j + tap.offset);
+        }
+        run_row(j, fy, y);
       }
-      run_row(j, y);
     }
     for (int64_t slot = 0; slot < plan_.slots; ++slot) finish_row(slot);
   }
@@ -604,16 +633,17 @@ class Worker {
     }
   }
 
-  void run_row(int64_t j, int64_t y) {
+  void run_row(int64_t j, int64_t fy, int64_t y) {
     if (loss_ != nullptr) load_labels(y);
+    const Part<Real>* const parts = pass_.row_parts(fy);
     for (int64_t i = 0; i < pass_.end - pass_.begin; ++i) {
-      const int64_t block = plan_.block(plan_.chunks[pass_.begin + i].P);
+      const int64_t block = plan_.block(parts[i].chunk.P);
       for (int64_t q = 0; q < plan_.width; q += block) {
-        run_tile(j, i, q, std::min(block, plan_.width - q));
+        run_tile(j, parts[i], q, std::min(block, plan_.width - q));
       }
     }
     if (plan_.to_input) {
-      for (const auto& tap : plan_.rows.phases[pass_.fy]) {
+      for (const auto& tap : plan_.rows.phases[fy]) {
         if (inside(j + tap.offset)) touched_[(j + tap.offset) % plan_.slots] = 1;
       }
     }
@@ -627,16 +657,16 @@ class Worker {
     }
   }
 
-  // Cells q .. q + width of chunk i of the pass.
-  void run_tile(int64_t j, int64_t i, int64_t q, int64_t width) {
-    const Chunk& chunk = plan_.chunks[pass_.begin + i];
+  // Cells q .. q + width.
+  void run_tile(int64_t j, const Part<Real>& part, int64_t q, int64_t width) {
+    const Chunk& chunk = part.chunk;
     const int64_t at = (chunk.first - base_) * plan_.width + q;
     if (plan_.depthwise) {
-      if constexpr (std::is_same_v<Real, float>) prepare_depthwise(j, i, q, width);
+      if constexpr (std::is_same_v<Real, float>) prepare_depthwise(j, part, q, width);
     } else {
       z_rows_.resize(plan_.C * chunk.P);
       for (size_t r = 0; r < z_rows_.size(); ++r) z_rows_[r] = z_.data() + r * width;
-      for (int64_t group = 0; group < plan_.p.groups; ++group) forward(j, i, q, width, group);
+      for (int64_t group = 0; group < plan_.p.groups; ++group) forward(j, part, q, width, group);
     }
     const int64_t stride = plan_.stride(chunk.P, width);
     if (loss_ == nullptr) {
@@ -679,7 +709,7 @@ class Worker {
       plan_.kernel.add_sums(z_.data(), plan_.C, chunk.P * width, totals_->bias.data());
     }
     if (!plan_.to_input && !plan_.to_weight) return;
-    for (int64_t group = 0; group < plan_.p.groups; ++group) backward(j, i, q, width, group);
+    for (int64_t group = 0; group < plan_.p.groups; ++group) backward(j, part, q, width, group);
   }
 
   // Where a phase has no cell the gradient is 0, also of a logit that is NaN.
@@ -697,21 +727,19 @@ class Worker {
   struct Place {
     int64_t slot, column;
   };
-  Place place(int64_t j, const Chunk& chunk, const TapOf& tap) const {
+  Place place(int64_t j, const Part<Real>& part, const TapOf& tap) const {
     if (tap.row < 0) return {-1, 0};
-    const int64_t column = plan_.columns.phases[chunk.first][tap.column].offset;
-    const int64_t row = j + plan_.rows.phases[pass_.fy][tap.row].offset;
+    const int64_t column = plan_.columns.phases[part.chunk.first][tap.column].offset;
+    const int64_t row = j + plan_.rows.phases[part.fy][tap.row].offset;
     return {inside(row) ? row % plan_.slots : -1, column - plan_.column_first};
   }
 
-  void prepare_depthwise(int64_t j, int64_t i, int64_t q, int64_t width) {
-    const Chunk& chunk = plan_.chunks[pass_.begin + i];
-    const std::vector<TapOf>& taps = pass_.taps[i];
+  void prepare_depthwise(int64_t j, const Part<Real>& part, int64_t q, int64_t width) {
     depthwise_taps_.clear();
     depthwise_ = {};
     const int64_t size = plan_.slots * plan_.C * plan_.pitch;  // of a copy of the gradient
-    for (const TapOf& tap : taps) {
-      const Place at = place(j, chunk, tap);
+    for (const TapOf& tap : part.taps) {
+      const Place at = place(j, part, tap);
       if (at.slot < 0) {
         depthwise_taps_.push_back({zero_.data(), 0, unused_.data(), 0});
       } else {
@@ -725,49 +753,47 @@ class Worker {
     }
     depthwise_.C = plan_.C;
     depthwise_.width = width;
-    depthwise_.stride = plan_.stride(chunk.P, width);
-    depthwise_.P = chunk.P;
-    depthwise_.taps = static_cast<int>(taps.size());
+    depthwise_.stride = plan_.stride(part.chunk.P, width);
+    depthwise_.P = part.chunk.P;
+    depthwise_.taps = static_cast<int>(part.taps.size());
     depthwise_.tap = depthwise_taps_.data();
-    depthwise_.weight = pass_.weight.data() + pass_.offset[i];
+    depthwise_.weight = pass_.weight.data() + part.offset;
     depthwise_.bias = plan_.bias.data();
     depthwise_.z = z_.data();
     depthwise_.to_input = plan_.to_input;
     if (plan_.to_weight) {
-      depthwise_.to_weight = lane_sums_.data() + pass_.offset[i] * plan_.kernel.lanes;
+      depthwise_.to_weight = lane_sums_.data() + part.offset * plan_.kernel.lanes;
     }
     depthwise_.to_bias = lane_bias_.data();
   }
 
   // eq. 1 of one group
-  void forward(int64_t j, int64_t i, int64_t q, int64_t width, int64_t group) {
-    const Chunk& chunk = plan_.chunks[pass_.begin + i];
+  void forward(int64_t j, const Part<Real>& part, int64_t q, int64_t width, int64_t group) {
     x_rows_.clear();
-    for (const TapOf& tap : pass_.taps[i]) {
-      const Place at = place(j, chunk, tap);
+    for (const TapOf& tap : part.taps) {
+      const Place at = place(j, part, tap);
       for (int64_t channel = group * plan_.I; channel < (group + 1) * plan_.I; ++channel) {
         x_rows_.push_back(at.slot < 0 ? zero_.data()
                                       : x_.data() + (at.slot * plan_.C_in + channel) * plan_.pitch +
                                             at.column + q);
       }
     }
-    const int64_t rows = plan_.M * chunk.P, inner = pass_.inner[i];
+    const int64_t rows = plan_.M * part.chunk.P, inner = part.inner;
     plan_.kernel.multiply({rows, width, static_cast<int64_t>(x_rows_.size()),
-                           pass_.weight.data() + pass_.offset[i] + group * rows * inner, inner, 1,
+                           pass_.weight.data() + part.offset + group * rows * inner, inner, 1,
                            x_rows_.data(), z_rows_.data() + group * rows,
-                           starts_[i].data() + group * rows});
+                           part.start.data() + group * rows});
   }
 
   // eq. 4 and 5 of one group
-  void backward(int64_t j, int64_t i, int64_t q, int64_t width, int64_t group) {
-    const Chunk& chunk = plan_.chunks[pass_.begin + i];
-    const int64_t rows = plan_.M * chunk.P, inner = pass_.inner[i];
-    const int64_t at = pass_.offset[i] + group * rows * inner;
-    const std::vector<TapOf>& taps = pass_.taps[i];
+  void backward(int64_t j, const Part<Real>& part, int64_t q, int64_t width, int64_t group) {
+    const int64_t rows = plan_.M * part.chunk.P, inner = part.inner;
+    const int64_t at = part.offset + group * rows * inner;
+    const std::vector<TapOf>& taps = part.taps;
     if (plan_.to_input) {
       to_rows_.clear();
       for (const TapOf& tap : taps) {
-        const Place to = place(j, chunk, tap);
+        const Place to = place(j, part, tap);
         for (int64_t channel = group * plan_.I; channel < (group + 1) * plan_.I; ++channel) {
           to_rows_.push_back(to.slot < 0 ? unused_.data()
                                          : gradient_.data() +
@@ -787,7 +813,7 @@ class Worker {
         column_rows_.push_back(columns_->data() + cell * inner);
       }
       for (size_t t = 0; t < taps.size(); ++t) {
-        const Place from = place(j, chunk, taps[t]);
+        const Place from = place(j, part, taps[t]);
         for (int64_t cell = 0; cell < cells; ++cell) {
           Real* const out = columns_->data() + cell * inner + t * plan_.I;
           if (from.slot < 0) {
@@ -830,9 +856,7 @@ class Worker {
   Buffer<int32_t> row_labels_, labels_;  // [W], [phases][width]
   Buffer<Real> upstream_, loss_map_;     // [phases][width]
   Buffer<Real> z_;
-  std::vector<std::vector<Real>> starts_;  // per chunk, the bias of each row of z
   std::unique_ptr<Buffer<Real>> columns_;  // [cells][inner], X of eq. 5
-  int64_t most_columns_ = 0;
   std::vector<Real*> z_rows_, x_rows_, to_rows_, column_rows_, sum_rows_;
   std::vector<DepthwiseTap> depthwise_taps_;
   Depthwise depthwise_{};
@@ -884,10 +908,9 @@ bool regular(const ConvTranspose& p, const ParallelFor& parallel_for) {
 template <typename Real, typename F>
 void for_each_pass(const Plan<Real>& plan, const ParallelFor& parallel_for, F run_pass) {
   const int64_t chunks = static_cast<int64_t>(plan.chunks.size());
-  for (int64_t fy = 0; fy < plan.rows.count(); ++fy) {
+  for (int64_t fy = 0; fy < plan.rows.count(); fy += plan.rows_per_pass) {
     for (int64_t begin = 0; begin < chunks; begin += plan.chunks_per_pass) {
-      const Pass<Real> pass(plan, fy, begin, std::min(chunks, begin + plan.chunks_per_pass),
-                            parallel_for);
+      const Pass<Real> pass(plan, fy, begin, parallel_for);
       run_pass(pass);
     }
   }
