@@ -345,7 +345,8 @@ struct Plan {
   }
 };
 
-// One phase of the rows and one chunk of the columns, with the packed weights [c][p][k].
+// One phase of the rows and one chunk of the columns. Packed weights are [c][p][k], depthwise
+// [c][k / 4][p][4].
 template <typename Real>
 struct Part {
   int64_t fy;
@@ -353,6 +354,12 @@ struct Part {
   std::vector<TapOf> taps;
   int64_t inner, offset;    // length of a row, place in the weights of the pass
   std::vector<Real> start;  // the bias of each row [c][p]; empty where depthwise
+
+  // Of tap t of class c and phase q, in the weights of the pass.
+  int64_t place(const Plan<Real>& plan, int64_t c, int q, int64_t t) const {
+    const int64_t at = plan.depthwise ? (t / 4 * chunk.P + q) * 4 + t % 4 : q * inner + t * plan.I;
+    return offset + c * chunk.P * inner + at;
+  }
 };
 
 // Some phases of the rows, some chunks of the columns.
@@ -391,12 +398,10 @@ struct Pass {
     const int64_t start = c / plan.M * plan.I * strides[0] + c % plan.M * strides[1];
     for (const Part<Real>& part : parts) {
       for (int q = 0; q < part.chunk.P; ++q) {
-        int64_t packed = part.offset + (c * part.chunk.P + q) * part.inner;
-        for (const TapOf& tap : part.taps) {
-          if (tap.row < 0) {
-            packed += plan.I;
-            continue;
-          }
+        for (size_t t = 0; t < part.taps.size(); ++t) {
+          const TapOf& tap = part.taps[t];
+          if (tap.row < 0) continue;
+          int64_t packed = part.place(plan, c, q, t);
           const auto& column = plan.columns.phases[part.chunk.first + q][tap.column];
           const int64_t at = start + plan.rows.phases[part.fy][tap.row].kernel * strides[2] +
                              column.kernel * strides[3];

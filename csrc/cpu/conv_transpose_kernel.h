@@ -306,7 +306,7 @@ FCNSEG_INLINE void depthwise_cells(const Depthwise& g, int64_t q, Float (&maximu
   float* z = g.z + q;
   FCNSEG_UNROLL
   for (int p = 0; p < P; ++p) maximum[p] = splat(-__FLT_MAX__);
-  for (int64_t c = 0; c < g.C; ++c, w += P * g.taps, z += g.stride) {
+  for (int64_t c = 0; c < g.C; ++c, z += g.stride) {
     Float sum[P];
     FCNSEG_UNROLL
     for (int p = 0; p < P; ++p) sum[p] = splat(g.bias[c]);
@@ -315,12 +315,16 @@ FCNSEG_INLINE void depthwise_cells(const Depthwise& g, int64_t q, Float (&maximu
       const Float value = load(x[i]);
       x[i] += g.tap[i].x_pitch;
       FCNSEG_UNROLL
-      for (int p = 0; p < P; ++p) sum[p] = fma(splat(w[p * g.taps + i]), value, sum[p]);
+      for (int p = 0; p < P; ++p) sum[p] = fma(splat(w[4 * p + i]), value, sum[p]);
     }
-    for (int t = 4; t < g.taps; ++t) {
-      const Float value = load(g.tap[t].x + c * g.tap[t].x_pitch + q);
+    w += 4 * P;
+    for (int t = 4; t < g.taps; t += 4, w += 4 * P) {
       FCNSEG_UNROLL
-      for (int p = 0; p < P; ++p) sum[p] = fma(splat(w[p * g.taps + t]), value, sum[p]);
+      for (int i = 0; i < 4; ++i) {
+        const Float value = load(g.tap[t + i].x + c * g.tap[t + i].x_pitch + q);
+        FCNSEG_UNROLL
+        for (int p = 0; p < P; ++p) sum[p] = fma(splat(w[4 * p + i]), value, sum[p]);
+      }
     }
     FCNSEG_UNROLL
     for (int p = 0; p < P; ++p) {
@@ -363,25 +367,26 @@ inline void depthwise_softmax(const Depthwise& d, SoftmaxTile<float>& g) {
   });
 }
 
-// eq. 4 to 6 of T taps
+// eq. 4 to 6 of T taps of a four
 template <int P, int T, bool kToInput, bool kToWeight>
 inline void depthwise_backward_taps(const Depthwise& g, int first) {
   const DepthwiseTap* tap = g.tap + first;
   const float* factor = g.z + g.C * g.stride;
   for (int64_t c = 0; c < g.C; ++c) {
+    const int64_t at = (c * g.taps + first / 4 * 4) * P + first % 4;
+    const float* w = g.weight + at;
+    float* const to_weight = g.to_weight + at * kLanes;
     const float* d = g.z + c * g.stride;
-    const float* w = g.weight + c * P * g.taps + first;
     const float* x[T];
     float* to[T];
     Float sums[P][T], bias = splat(0.f);
-    float* const to_weight = g.to_weight + (c * P * g.taps + first) * kLanes;
     FCNSEG_UNROLL
     for (int i = 0; i < T; ++i) {
       x[i] = tap[i].x + c * tap[i].x_pitch;
       to[i] = tap[i].gradient + c * tap[i].gradient_pitch;
       FCNSEG_UNROLL
       for (int p = 0; kToWeight && p < P; ++p) {
-        sums[p][i] = load(to_weight + (p * g.taps + i) * kLanes);
+        sums[p][i] = load(to_weight + (4 * p + i) * kLanes);
       }
     }
     for (int64_t q = 0; q < g.width; q += kLanes) {
@@ -397,7 +402,7 @@ inline void depthwise_backward_taps(const Depthwise& g, int first) {
         bias += value;
         FCNSEG_UNROLL
         for (int i = 0; i < T; ++i) {
-          if constexpr (kToInput) b[i] = fma(splat(w[p * g.taps + i]), value, b[i]);
+          if constexpr (kToInput) b[i] = fma(splat(w[4 * p + i]), value, b[i]);
           if constexpr (kToWeight) sums[p][i] = fma(a[i], value, sums[p][i]);
         }
       }
@@ -407,7 +412,7 @@ inline void depthwise_backward_taps(const Depthwise& g, int first) {
     FCNSEG_UNROLL
     for (int i = 0; kToWeight && i < T; ++i) {
       FCNSEG_UNROLL
-      for (int p = 0; p < P; ++p) store(to_weight + (p * g.taps + i) * kLanes, sums[p][i]);
+      for (int p = 0; p < P; ++p) store(to_weight + (4 * p + i) * kLanes, sums[p][i]);
     }
     if (first == 0 && g.to_bias != nullptr) {
       store(g.to_bias + c * kLanes, load(g.to_bias + c * kLanes) + bias);

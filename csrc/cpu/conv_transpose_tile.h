@@ -35,11 +35,11 @@ struct Depthwise {
   int P, taps;               // taps: a multiple of 4
   int pairs;                 // of taps that are not all padding
   const DepthwiseTap* tap;
-  const float* weight;  // [C][P][taps]
+  const float* weight;  // [C][taps / 4][P][4]
   const float* bias;    // [C]
   float* z;             // [C + 1][P][width]
   bool to_input;
-  float* to_weight;  // [C][P][taps][lanes], added to; null where not wanted
+  float* to_weight;  // [C][taps / 4][P][4][lanes], added to; null where not wanted
   float* to_bias;    // [C][lanes], the same
 };
 

@@ -161,9 +161,14 @@ FCNSEG_INLINE Float log2(Float x) {
 }
 
 FCNSEG_INLINE double sum(Float v) {
+#if FCNSEG_ISA_LEVEL == 2
+  return _mm512_reduce_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(v)) +
+                              _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)));
+#else
   double total = 0;
   for (int j = 0; j < kLanes; ++j) total += v[j];
   return total;
+#endif
 }
 FCNSEG_INLINE float lowest(Float v) {
   float least = v[0];
