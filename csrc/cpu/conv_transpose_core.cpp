@@ -456,8 +456,7 @@ class Worker {
         touched_(plan.slots, 0),
         x_(plan.slots * plan.C_in * plan.pitch),
         x_transposed_(transposed_ ? plan.slots * plan.C_in * plan.pitch : 0),
-        gradients_(plan.depthwise ? 2 : 1),
-        gradient_(plan.to_input ? gradients_ * plan.slots * plan.C_in * plan.pitch : 0),
+        gradient_(plan.to_input ? plan.slots * plan.C_in * plan.pitch : 0),
         zero_(plan.pitch),
         unused_(plan.pitch),
         lane_sums_(plan.depthwise && plan.to_weight ? pass.size * plan.kernel.lanes : 0),
@@ -565,12 +564,7 @@ class Worker {
     row_of_[slot] = -1;
     if (i < 0 || !touched_[slot]) return;
     touched_[slot] = 0;
-    const int64_t size = plan_.slots * plan_.C_in * plan_.pitch;
     Real* const gradient = gradient_.data() + slot * plan_.C_in * plan_.pitch;
-    for (int64_t at = 0; gradients_ == 2 && at < plan_.C_in * plan_.pitch; ++at) {
-      gradient[at] += gradient[size + at];
-      gradient[size + at] = 0;
-    }
     Out* out = static_cast<Out*>(loss_->to_input) + n_ * loss_->to_input_n + i * loss_->to_input_h;
     int64_t stride_c = loss_->to_input_c, stride_w = loss_->to_input_w;
     if (i >= owned_end_) {
@@ -742,15 +736,13 @@ class Worker {
   void prepare_depthwise(int64_t j, const Part<Real>& part, int64_t q, int64_t width) {
     depthwise_taps_.clear();
     depthwise_ = {};
-    const int64_t size = plan_.slots * plan_.C * plan_.pitch;  // of a copy of the gradient
     for (const TapOf& tap : part.taps) {
       const Place at = place(j, part, tap);
       if (at.slot < 0) {
         depthwise_taps_.push_back({zero_.data(), 0, unused_.data(), 0});
       } else {
         const int64_t offset = at.slot * plan_.C * plan_.pitch + at.column + q;
-        const int64_t copy = depthwise_taps_.size() / 2 % 2 * size;
-        float* const gradient = plan_.to_input ? gradient_.data() + copy + offset : unused_.data();
+        float* const gradient = plan_.to_input ? gradient_.data() + offset : unused_.data();
         depthwise_taps_.push_back(
             {x_.data() + offset, plan_.pitch, gradient, plan_.to_input ? plan_.pitch : 0});
       }
@@ -853,8 +845,7 @@ class Worker {
   std::vector<char> touched_;            // [slots] its gradient is not zero
   Buffer<Real> x_;                       // [slots][C_in][pitch]
   Buffer<Real> x_transposed_;            // [slots][pitch][C_in]
-  const int64_t gradients_;              // depthwise 2, of which taps take turns
-  Buffer<Real> gradient_;                // [gradients][slots][C_in][pitch]
+  Buffer<Real> gradient_;                // [slots][C_in][pitch]
   Buffer<Real> zero_, unused_;           // rows outside the input
   Buffer<Real> lane_sums_;               // [size][lanes] of the depthwise weights
   Buffer<Real> lane_bias_;               // [C][lanes] of the depthwise bias

@@ -367,50 +367,116 @@ inline void depthwise_softmax(const Depthwise& d, SoftmaxTile<float>& g) {
   });
 }
 
-// eq. 4 to 6 of T taps of a four
-template <int P, int T, bool kToInput, bool kToWeight>
-inline void depthwise_backward_taps(const Depthwise& g, int first) {
-  const DepthwiseTap* tap = g.tap + first;
+// eq. 4 to 6 of the pair of taps from `first` on
+template <int P, bool kToInput, bool kToWeight>
+inline void depthwise_backward_pair(const Depthwise& g, int first) {
+  const DepthwiseTap &tap0 = g.tap[first], &tap1 = g.tap[first + 1];
   const float* factor = g.z + g.C * g.stride;
   for (int64_t c = 0; c < g.C; ++c) {
-    const int64_t at = (c * g.taps + first / 4 * 4) * P + first % 4;
-    const float* w = g.weight + at;
-    float* const to_weight = g.to_weight + at * kLanes;
     const float* d = g.z + c * g.stride;
-    const float* x[T];
-    float* to[T];
-    Float sums[P][T], bias = splat(0.f);
+    const int64_t at = (c * g.taps + first / 4 * 4) * P + first % 4;  // of phase p: 4 p behind
+    const float* x0 = tap0.x + c * tap0.x_pitch;
+    const float* x1 = tap1.x + c * tap1.x_pitch;
+    float* to0 = tap0.gradient + c * tap0.gradient_pitch;
+    float* to1 = tap1.gradient + c * tap1.gradient_pitch;
+    Float w0[P], w1[P], sum0[P], sum1[P], bias = splat(0.f);
     FCNSEG_UNROLL
-    for (int i = 0; i < T; ++i) {
-      x[i] = tap[i].x + c * tap[i].x_pitch;
-      to[i] = tap[i].gradient + c * tap[i].gradient_pitch;
-      FCNSEG_UNROLL
-      for (int p = 0; kToWeight && p < P; ++p) {
-        sums[p][i] = load(to_weight + (4 * p + i) * kLanes);
+    for (int p = 0; p < P; ++p) {
+      w0[p] = splat(g.weight[at + 4 * p]);
+      w1[p] = splat(g.weight[at + 4 * p + 1]);
+      if constexpr (kToWeight) {
+        sum0[p] = load(g.to_weight + (at + 4 * p) * kLanes);
+        sum1[p] = load(g.to_weight + (at + 4 * p + 1) * kLanes);
       }
     }
     for (int64_t q = 0; q < g.width; q += kLanes) {
-      Float a[T], b[T];
+      const Float a0 = load(x0 + q), a1 = load(x1 + q);
+      Float b0, b1;
+      if constexpr (kToInput) {
+        b0 = load(to0 + q);
+        b1 = load(to1 + q);
+      }
       FCNSEG_UNROLL
-      for (int i = 0; i < T; ++i) {
+      for (int p = 0; p < P; ++p) {
+        const Float value = load(d + p * g.width + q) * load(factor + p * g.width + q);
+        bias += value;
+        if constexpr (kToInput) {
+          b0 = fma(w0[p], value, b0);
+          b1 = fma(w1[p], value, b1);
+        }
+        if constexpr (kToWeight) {
+          sum0[p] = fma(a0, value, sum0[p]);
+          sum1[p] = fma(a1, value, sum1[p]);
+        }
+      }
+      if constexpr (kToInput) {
+        store(to0 + q, b0);
+        store(to1 + q, b1);
+      }
+    }
+    FCNSEG_UNROLL
+    for (int p = 0; kToWeight && p < P; ++p) {
+      store(g.to_weight + (at + 4 * p) * kLanes, sum0[p]);
+      store(g.to_weight + (at + 4 * p + 1) * kLanes, sum1[p]);
+    }
+    if (first == 0 && g.to_bias != nullptr) {
+      store(g.to_bias + c * kLanes, load(g.to_bias + c * kLanes) + bias);
+    }
+  }
+}
+
+#if FCNSEG_ISA_LEVEL == 2
+// The same of a four whose first pair is the second one a column further on, so that a cell's
+// gradient of the second and its left neighbour's of the first are added to one place.
+template <int P, bool kToInput, bool kToWeight>
+inline void depthwise_backward_four(const Depthwise& g, int first) {
+  const DepthwiseTap* tap = g.tap + first;
+  const float* factor = g.z + g.C * g.stride;
+  for (int64_t c = 0; c < g.C; ++c) {
+    const float* d = g.z + c * g.stride;
+    const float* w = g.weight + (c * g.taps + first) * P;
+    float* const to_weight = g.to_weight + (c * g.taps + first) * P * kLanes;
+    const float* x[4];
+    float* to[2];
+    Float sums[P][4], carry[2], bias = splat(0.f);
+    FCNSEG_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      x[i] = tap[i].x + c * tap[i].x_pitch;
+      FCNSEG_UNROLL
+      for (int p = 0; kToWeight && p < P; ++p) sums[p][i] = load(to_weight + (4 * p + i) * kLanes);
+    }
+    FCNSEG_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      to[i] = tap[i + 2].gradient + c * tap[i + 2].gradient_pitch;
+      carry[i] = splat(0.f);
+    }
+    for (int64_t q = 0; q < g.width; q += kLanes) {
+      Float a[4], b[4];
+      FCNSEG_UNROLL
+      for (int i = 0; i < 4; ++i) {
         if constexpr (kToWeight) a[i] = load(x[i] + q);
-        if constexpr (kToInput) b[i] = load(to[i] + q);
+        b[i] = splat(0.f);
       }
       FCNSEG_UNROLL
       for (int p = 0; p < P; ++p) {
         const Float value = load(d + p * g.width + q) * load(factor + p * g.width + q);
         bias += value;
         FCNSEG_UNROLL
-        for (int i = 0; i < T; ++i) {
+        for (int i = 0; i < 4; ++i) {
           if constexpr (kToInput) b[i] = fma(splat(w[4 * p + i]), value, b[i]);
           if constexpr (kToWeight) sums[p][i] = fma(a[i], value, sums[p][i]);
         }
       }
       FCNSEG_UNROLL
-      for (int i = 0; kToInput && i < T; ++i) store(to[i] + q, b[i]);
+      for (int i = 0; kToInput && i < 2; ++i) {
+        store(to[i] + q, load(to[i] + q) + (b[i + 2] + shift_in(carry[i], b[i])));
+        carry[i] = b[i];
+      }
     }
     FCNSEG_UNROLL
-    for (int i = 0; kToWeight && i < T; ++i) {
+    for (int i = 0; kToInput && i < 2; ++i) to[i][g.width] += carry[i][kLanes - 1];
+    FCNSEG_UNROLL
+    for (int i = 0; kToWeight && i < 4; ++i) {
       FCNSEG_UNROLL
       for (int p = 0; p < P; ++p) store(to_weight + (4 * p + i) * kLanes, sums[p][i]);
     }
@@ -420,17 +486,28 @@ inline void depthwise_backward_taps(const Depthwise& g, int first) {
   }
 }
 
+FCNSEG_INLINE bool adjacent(const DepthwiseTap* tap) {
+  bool result = true;
+  for (int i = 0; i < 2; ++i) {
+    result &= tap[i].gradient == tap[i + 2].gradient + (tap[i].gradient_pitch != 0);
+  }
+  return result;
+}
+#endif
+
 template <int P, bool kToInput, bool kToWeight>
 inline void depthwise_backward_tile(const Depthwise& g) {
   int first = 0;
   do {
-    if (kLanes == 16 && first + 2 < 2 * g.pairs) {  // as many sums as the registers hold
-      depthwise_backward_taps<P, 4, kToInput, kToWeight>(g, first);
+#if FCNSEG_ISA_LEVEL == 2
+    if (first % 4 == 0 && first + 2 < 2 * g.pairs && adjacent(g.tap + first)) {
+      depthwise_backward_four<P, kToInput, kToWeight>(g, first);
       first += 4;
-    } else {
-      depthwise_backward_taps<P, 2, kToInput, kToWeight>(g, first);
-      first += 2;
+      continue;
     }
+#endif
+    depthwise_backward_pair<P, kToInput, kToWeight>(g, first);
+    first += 2;
   } while (first < 2 * g.pairs);
 }
 

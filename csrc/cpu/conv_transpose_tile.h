@@ -22,12 +22,11 @@ struct Product {
 };
 
 // One class, a few taps, pixel by pixel; taps come in pairs of one column offset, in fours overall.
-// The two pairs of a four add to different gradients, so that no two taps of it overlap.
 constexpr int kMaxDepthwisePhases = 4;
 struct DepthwiseTap {
   const float* x;  // class 0, first cell; then `pitch` from class to class
   int64_t x_pitch;
-  float* gradient;
+  float* gradient;  // of padding and of rows outside: one row for all, pitch 0
   int64_t gradient_pitch;
 };
 struct Depthwise {

@@ -73,6 +73,10 @@ FCNSEG_INLINE void keep_greater(Float z, Int c, Float& best, Int& id) {
 FCNSEG_INLINE bool any(Int mask) {
   return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 }
+// Lane j is v[j - 1], lane 0 the last one of `before`.
+FCNSEG_INLINE Float shift_in(Float before, Float v) {
+  return from_bits((Int)_mm512_alignr_epi32((__m512i)v, (__m512i)before, 15));
+}
 // Bit j is set where lane j of v is not zero.
 FCNSEG_INLINE uint32_t nonzero_bits(Int v) {
   return _mm512_test_epi32_mask((__m512i)v, (__m512i)v);
