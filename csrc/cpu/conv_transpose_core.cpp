@@ -202,6 +202,7 @@ constexpr int64_t kPassBytes = 512 << 10;  // of a pass of several phases: sums 
 constexpr int64_t kTileBytes = 128 << 10;  // of logits
 constexpr int64_t kDepthwiseTileBytes = 48 << 10;
 constexpr int64_t kTileCells = 128;
+constexpr double kPowersRange = 124;  // log2 of a sum of powers (Depthwise)
 
 // A tap of a chunk at the rows' phase of a pass: its places in phases[f] of the two axes.
 struct TapOf {
@@ -213,6 +214,7 @@ template <typename Real>
 struct Plan {
   const ConvTranspose& p;
   const ConvTransposeCrossEntropy* loss;  // null: argmax
+  double input_range;  // greatest |x|
   ConvTransposeKernel<Real> kernel;
   int64_t N, C, C_in, M, I;  // classes and channels; the same per group
   ConvAxis rows, columns;
@@ -228,9 +230,10 @@ struct Plan {
   int64_t chunks_per_pass, rows_per_pass;  // phases of the rows
   std::vector<Real> bias;
 
-  Plan(const ConvTranspose& conv, const ConvTransposeCrossEntropy* loss)
+  Plan(const ConvTranspose& conv, const ConvTransposeCrossEntropy* loss, double input_range)
       : p(conv),
         loss(loss),
+        input_range(input_range),
         kernel(kernel_of(cpu_capability(), Real{})),
         N(p.input.N),
         C(p.C),
@@ -354,6 +357,7 @@ struct Part {
   std::vector<TapOf> taps;
   int64_t inner, offset;    // length of a row, place in the weights of the pass
   std::vector<Real> start;  // the bias of each row [c][p]; empty where depthwise
+  bool powers = false;      // see Depthwise
 
   // Of tap t of class c and phase q, in the weights of the pass.
   int64_t place(const Plan<Real>& plan, int64_t c, int q, int64_t t) const {
@@ -386,6 +390,7 @@ struct Pass {
         }
       });
     });
+    for (Part<Real>& part : parts) part.powers = plan.depthwise && find_powers(plan, part);
   }
 
   const Part<Real>* row_parts(int64_t fy) const {
@@ -416,7 +421,7 @@ struct Pass {
     for (int64_t fy = fy_begin; fy < fy_end; ++fy) {
       for (int64_t i = begin; i < end; ++i) {
         const Chunk& chunk = plan.chunks[i];
-        Part<Real> part{fy, chunk, plan.taps(fy, chunk), 0, size, {}};
+        Part<Real> part{fy, chunk, plan.taps(fy, chunk), 0, size, {}, false};
         part.inner = plan.inner_pitch(part.taps.size());
         for (int64_t r = 0; !plan.depthwise && r < plan.C * chunk.P; ++r) {
           part.start.push_back(plan.bias[r / chunk.P]);
@@ -426,6 +431,20 @@ struct Pass {
       }
     }
     return size;
+  }
+
+  bool find_powers(const Plan<Real>& plan, const Part<Real>& part) const {
+    double greatest = 0;  // logit, in units of ln 2
+    for (int64_t c = 0; c < plan.C; ++c) {
+      for (int q = 0; q < part.chunk.P; ++q) {
+        double total = 0;
+        for (size_t t = 0; t < part.taps.size(); ++t) {
+          total += std::abs(weight.data()[part.place(plan, c, q, t)]);
+        }
+        greatest = std::max(greatest, total * plan.input_range + std::abs(plan.bias[c]));
+      }
+    }
+    return greatest + std::log2(plan.C) <= kPowersRange;
   }
 };
 
@@ -757,6 +776,7 @@ class Worker {
     depthwise_.weight = pass_.weight.data() + part.offset;
     depthwise_.bias = plan_.bias.data();
     depthwise_.z = z_.data();
+    depthwise_.powers = part.powers;
     depthwise_.to_input = plan_.to_input;
     if (plan_.to_weight) {
       depthwise_.to_weight = lane_sums_.data() + part.offset * plan_.kernel.lanes;
@@ -886,19 +906,22 @@ float greatest(const Logits& x, const ParallelFor& parallel_for) {
   return value;
 }
 
-// Whether the fp32 path takes it: all values, and so all logits, are finite.
-bool regular(const ConvTranspose& p, const ParallelFor& parallel_for) {
-  if (p.input.dtype == DType::kDouble) return false;
+// The greatest |x| of the input where the fp32 path takes it: all values, and so all logits, are
+// finite. Elsewhere infinity.
+double fp32_range(const ConvTranspose& p, const ParallelFor& parallel_for) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  if (p.input.dtype == DType::kDouble) return kInfinity;
   const int64_t I = p.input.C / p.groups;
   const int64_t* stride = p.weight_stride;
   const Logits weight{p.weight,   p.input.dtype, p.input.C, p.C / p.groups, p.kernel_h,
                       p.kernel_w, stride[0],     stride[1], stride[2],      stride[3]};
-  double bound = static_cast<double>(I * p.kernel_h * p.kernel_w) *
-                 greatest(p.input, parallel_for) * greatest(weight, parallel_for);
+  const double range = greatest(p.input, parallel_for);
+  double bound = static_cast<double>(I * p.kernel_h * p.kernel_w) * range *
+                 greatest(weight, parallel_for);
   if (p.bias != nullptr) {
     bound += greatest({p.bias, p.input.dtype, 1, p.C, 1, 1, 0, p.bias_stride, 0, 0}, parallel_for);
   }
-  return bound <= 1e37;
+  return bound <= 1e37 ? range : kInfinity;
 }
 
 template <typename Real, typename F>
@@ -1001,8 +1024,9 @@ void scale(void* data, int64_t size, double factor, const ParallelFor& parallel_
 }
 
 template <typename Real, typename Out>
-BadLabel run(const ConvTransposeCrossEntropy& problem, const ParallelFor& parallel_for) {
-  const Plan<Real> plan(problem.conv, &problem);
+BadLabel run(const ConvTransposeCrossEntropy& problem, double input_range,
+             const ParallelFor& parallel_for) {
+  const Plan<Real> plan(problem.conv, &problem, input_range);
   const LossWeights<Real> weights(problem.class_weight, plan.C, problem.label_smoothing);
   const int64_t input_size = plan.N * plan.C_in * plan.p.input.h * plan.p.input.w;
   const int64_t weight_size = plan.C_in * plan.M * plan.p.kernel_h * plan.p.kernel_w;
@@ -1051,9 +1075,9 @@ BadLabel run(const ConvTransposeCrossEntropy& problem, const ParallelFor& parall
 }
 
 template <typename Real>
-void run_argmax(const ConvTranspose& problem, const ParallelFor& parallel_for,
+void run_argmax(const ConvTranspose& problem, double input_range, const ParallelFor& parallel_for,
                 const std::function<std::unique_ptr<LabelSink>()>& make_sink) {
-  const Plan<Real> plan(problem, nullptr);
+  const Plan<Real> plan(problem, nullptr, input_range);
   for_each_pass(plan, parallel_for, [&](const Pass<Real>& pass) {
     parallel_for(plan.units, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<LabelSink> sink = make_sink();
@@ -1070,17 +1094,21 @@ void run_argmax(const ConvTranspose& problem, const ParallelFor& parallel_for,
 
 BadLabel conv_transpose_cross_entropy(const ConvTransposeCrossEntropy& problem,
                                       const ParallelFor& parallel_for) {
-  if (problem.conv.input.dtype == DType::kDouble) return run<double, double>(problem, parallel_for);
-  if (regular(problem.conv, parallel_for)) return run<float, float>(problem, parallel_for);
-  return run<double, float>(problem, parallel_for);
+  const double range = fp32_range(problem.conv, parallel_for);
+  if (std::isfinite(range)) return run<float, float>(problem, range, parallel_for);
+  if (problem.conv.input.dtype == DType::kDouble) {
+    return run<double, double>(problem, range, parallel_for);
+  }
+  return run<double, float>(problem, range, parallel_for);
 }
 
 void conv_transpose_argmax(const ConvTranspose& problem, const ParallelFor& parallel_for,
                            const std::function<std::unique_ptr<LabelSink>()>& make_sink) {
-  if (regular(problem, parallel_for)) {
-    run_argmax<float>(problem, parallel_for, make_sink);
+  const double range = fp32_range(problem, parallel_for);
+  if (std::isfinite(range)) {
+    run_argmax<float>(problem, range, parallel_for, make_sink);
   } else {
-    run_argmax<double>(problem, parallel_for, make_sink);
+    run_argmax<double>(problem, range, parallel_for, make_sink);
   }
 }
 

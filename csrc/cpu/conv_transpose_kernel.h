@@ -144,56 +144,47 @@ inline void multiply(const Product<float>& g) {
 
 // ---- softmax, loss, gradient of the logits ----
 
-// eq. 2 and 3 for U vectors of pixels, `maximum` their greatest logits: vector u has the logits
-// z[u * z_step + c * stride] and the label at pixel + u * pixel_step. kDepthwise: the logits are in
-// units of ln 2, and the gradient is left as eq. 6, its factor in row C.
-template <int U, bool kGradient, bool kSmooth, bool kDepthwise>
-FCNSEG_INLINE void softmax_pixels(SoftmaxTile<float>& g, float* z, int64_t z_step, int64_t pixel,
-                                  int64_t pixel_step, const Float (&maximum)[U], Float& loss,
-                                  Float& weight) {
-  constexpr float kUnit = kDepthwise ? 1.f : kLog2E;
-  Float target[U], smoothed[U], s[U];
-  Int label[U], lane;
+// U vectors of pixels: vector u has the logits z[u * z_step + c * stride], and the label at
+// pixel + u * pixel_step.
+template <int U>
+FCNSEG_INLINE void gather_targets(const SoftmaxTile<float>& g, const float* z, int64_t z_step,
+                                  int64_t pixel, int64_t pixel_step, Float (&target)[U]) {
+  Int lane;
   for (int j = 0; j < kLanes; ++j) lane[j] = j;
-  const Int none = splat_int(static_cast<int32_t>(g.C));
   FCNSEG_UNROLL
   for (int u = 0; u < U; ++u) {
-    smoothed[u] = s[u] = splat(0.f);
-    label[u] = load_int(g.labels + pixel + u * pixel_step);
-    target[u] = gather(z + u * z_step, label[u] * static_cast<int32_t>(g.stride) + lane);
+    const Int label = load_int(g.labels + pixel + u * pixel_step);
+    target[u] = gather(z + u * z_step, label * static_cast<int32_t>(g.stride) + lane);
   }
-  for (int64_t c = 0; c < g.C; ++c) {
-    float* row = z + c * g.stride;
-    FCNSEG_UNROLL
-    for (int u = 0; u < U; ++u) {
-      const Float t = (load(row + u * z_step) - maximum[u]) * kUnit;
-      if constexpr (kSmooth) smoothed[u] = fma(splat(g.smoothing_weight[c]), t, smoothed[u]);
-      // below 2^-100 nothing is left of it in a sum of at least 1
-      const Float e = exp2(vmax(t, splat(-100.f)));
-      if constexpr (kGradient) store(row + u * z_step, e);
-      s[u] += e;
-    }
-  }
-  constexpr bool kScale = kSmooth || !kDepthwise;
+}
+
+// The end of eq. 2, with log2(inside) for log2 s, and eq. 3, whose e_c are in z. kFactor: as eq. 6.
+template <int U, bool kGradient, bool kSmooth, bool kFactor>
+FCNSEG_INLINE void finish_pixels(SoftmaxTile<float>& g, float* z, int64_t z_step, int64_t pixel,
+                                 int64_t pixel_step, const Float (&s)[U], const Float (&inside)[U],
+                                 const Float (&target)[U], const Float (&smoothed)[U],
+                                 Float& loss, Float& weight) {
+  constexpr bool kScale = kSmooth || !kFactor;
+  const Int none = splat_int(static_cast<int32_t>(g.C));
   Float factor[U], shift[U];
   alignas(64) float one_hot[U][kLanes];
   FCNSEG_UNROLL
   for (int u = 0; u < U; ++u) {
-    const Int ignored = label[u] == none;
+    const Int label = load_int(g.labels + pixel + u * pixel_step);
+    const Int ignored = label == none;
     Float alpha, beta;
     if (g.softmax_weight != nullptr) {
-      alpha = gather(g.softmax_weight, label[u]);
-      beta = gather(g.one_hot_weight, label[u]);
+      alpha = gather(g.softmax_weight, label);
+      beta = gather(g.one_hot_weight, label);
     } else {
       alpha = beta = select(ignored, splat(0.f), splat(1.f));
     }
     if (g.class_weight != nullptr) {
-      weight += gather(g.class_weight, label[u]);
+      weight += gather(g.class_weight, label);
     } else {
       weight += select(ignored, splat(0.f), splat(1.f));
     }
-    const Float t = (target[u] - maximum[u]) * kUnit;
-    Float l = alpha * log2(s[u]) - beta * t;
+    Float l = alpha * log2(inside[u]) - beta * target[u];
     if constexpr (kSmooth) l -= smoothed[u];
     l = select(ignored, splat(0.f), l * kLn2);
     loss += l;
@@ -232,12 +223,41 @@ FCNSEG_INLINE void softmax_pixels(SoftmaxTile<float>& g, float* z, int64_t z_ste
       }
     }
   }
-  if constexpr (kGradient && kDepthwise) {
+  if constexpr (kGradient && kFactor) {
     FCNSEG_UNROLL
     for (int u = 0; u < U; ++u) {
       store(z + g.C * g.stride + u * z_step, kScale ? splat(1.f) : factor[u]);
     }
   }
+}
+
+// eq. 2 and 3 given the greatest logits. kDepthwise: the logits are in units of ln 2.
+template <int U, bool kGradient, bool kSmooth, bool kDepthwise>
+FCNSEG_INLINE void softmax_pixels(SoftmaxTile<float>& g, float* z, int64_t z_step, int64_t pixel,
+                                  int64_t pixel_step, const Float (&maximum)[U], Float& loss,
+                                  Float& weight) {
+  constexpr float kUnit = kDepthwise ? 1.f : kLog2E;
+  Float target[U], smoothed[U], s[U];
+  gather_targets(g, z, z_step, pixel, pixel_step, target);
+  FCNSEG_UNROLL
+  for (int u = 0; u < U; ++u) {
+    target[u] = (target[u] - maximum[u]) * kUnit;
+    smoothed[u] = s[u] = splat(0.f);
+  }
+  for (int64_t c = 0; c < g.C; ++c) {
+    float* row = z + c * g.stride;
+    FCNSEG_UNROLL
+    for (int u = 0; u < U; ++u) {
+      const Float t = (load(row + u * z_step) - maximum[u]) * kUnit;
+      if constexpr (kSmooth) smoothed[u] = fma(splat(g.smoothing_weight[c]), t, smoothed[u]);
+      // below 2^-100 nothing is left of it in a sum of at least 1
+      const Float e = exp2(vmax(t, splat(-100.f)));
+      if constexpr (kGradient) store(row + u * z_step, e);
+      s[u] += e;
+    }
+  }
+  finish_pixels<U, kGradient, kSmooth, kDepthwise>(g, z, z_step, pixel, pixel_step, s, s, target,
+                                                   smoothed, loss, weight);
 }
 
 template <int U, bool kGradient, bool kSmooth>
@@ -297,15 +317,16 @@ inline void with_phases(int P, F call) {
   }
 }
 
-// eq. 1 of a vector of cells, and the greatest logits
-template <int P>
-FCNSEG_INLINE void depthwise_cells(const Depthwise& g, int64_t q, Float (&maximum)[P]) {
+// eq. 1 of a vector of cells; `result`: the greatest logits. kPowers: 2^z in their place, and their
+// sums.
+template <int P, bool kPowers>
+FCNSEG_INLINE void depthwise_cells(const Depthwise& g, int64_t q, Float (&result)[P]) {
   const float* w = g.weight;
   const float* x[4];
   for (int i = 0; i < 4; ++i) x[i] = g.tap[i].x + q;
   float* z = g.z + q;
   FCNSEG_UNROLL
-  for (int p = 0; p < P; ++p) maximum[p] = splat(-__FLT_MAX__);
+  for (int p = 0; p < P; ++p) result[p] = splat(kPowers ? 0.f : -__FLT_MAX__);
   for (int64_t c = 0; c < g.C; ++c, z += g.stride) {
     Float sum[P];
     FCNSEG_UNROLL
@@ -328,8 +349,9 @@ FCNSEG_INLINE void depthwise_cells(const Depthwise& g, int64_t q, Float (&maximu
     }
     FCNSEG_UNROLL
     for (int p = 0; p < P; ++p) {
+      if constexpr (kPowers) sum[p] = exp2(sum[p]);
       store(z + p * g.width, sum[p]);
-      maximum[p] = vmax(maximum[p], sum[p]);
+      result[p] = kPowers ? result[p] + sum[p] : vmax(result[p], sum[p]);
     }
   }
 }
@@ -337,33 +359,51 @@ FCNSEG_INLINE void depthwise_cells(const Depthwise& g, int64_t q, Float (&maximu
 inline void depthwise_forward(const Depthwise& g) {
   with_phases(g.P, [&](auto P) {
     Float maximum[P.value];
-    for (int64_t q = 0; q < g.width; q += kLanes) depthwise_cells<P.value>(g, q, maximum);
+    for (int64_t q = 0; q < g.width; q += kLanes) depthwise_cells<P.value, false>(g, q, maximum);
   });
 }
 
-template <int P, bool kGradient, bool kSmooth>
+template <int P, bool kGradient, bool kSmooth, bool kPowers>
 inline void depthwise_softmax_tile(const Depthwise& d, SoftmaxTile<float>& g) {
   Float loss = splat(0.f), weight = splat(0.f);
   for (int64_t q = 0; q < g.width; q += kLanes) {
-    Float maximum[P];
-    depthwise_cells<P>(d, q, maximum);
-    softmax_pixels<P, kGradient, kSmooth, true>(g, g.z + q, g.width, q, g.pitch, maximum, loss,
-                                                weight);
+    float* z = g.z + q;
+    Float result[P];
+    depthwise_cells<P, kPowers>(d, q, result);
+    if constexpr (kPowers) {
+      // alpha = beta: log2 s - log2 e_y is one logarithm, of a quotient of mantissas.
+      Float power[P], inside[P], target[P];
+      gather_targets(g, z, g.width, q, g.pitch, power);
+      FCNSEG_UNROLL
+      for (int p = 0; p < P; ++p) {
+        inside[p] = mantissa(result[p]) * reciprocal(mantissa(power[p]));
+        target[p] = exponent(power[p]) - exponent(result[p]);
+      }
+      finish_pixels<P, kGradient, false, true>(g, z, g.width, q, g.pitch, result, inside, target,
+                                               target, loss, weight);
+    } else {
+      softmax_pixels<P, kGradient, kSmooth, true>(g, z, g.width, q, g.pitch, result, loss, weight);
+    }
   }
   g.loss += sum(loss);
   g.weight += sum(weight);
 }
 
+template <int P, bool kGradient>
+inline void depthwise_softmax_of(const Depthwise& d, SoftmaxTile<float>& g) {
+  if (g.smoothing_weight != nullptr) {
+    depthwise_softmax_tile<P, kGradient, true, false>(d, g);
+  } else if (d.powers) {
+    depthwise_softmax_tile<P, kGradient, false, true>(d, g);
+  } else {
+    depthwise_softmax_tile<P, kGradient, false, false>(d, g);
+  }
+}
+
 inline void depthwise_softmax(const Depthwise& d, SoftmaxTile<float>& g) {
   with_phases(g.P, [&](auto P) {
-    const bool smooth = g.smoothing_weight != nullptr;
-    if (!g.gradient) {
-      smooth ? depthwise_softmax_tile<P.value, false, true>(d, g)
-             : depthwise_softmax_tile<P.value, false, false>(d, g);
-    } else {
-      smooth ? depthwise_softmax_tile<P.value, true, true>(d, g)
-             : depthwise_softmax_tile<P.value, true, false>(d, g);
-    }
+    g.gradient ? depthwise_softmax_of<P.value, true>(d, g)
+               : depthwise_softmax_of<P.value, false>(d, g);
   });
 }
 

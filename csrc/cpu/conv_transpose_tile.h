@@ -37,6 +37,7 @@ struct Depthwise {
   const float* weight;  // [C][taps / 4][P][4]
   const float* bias;    // [C]
   float* z;             // [C + 1][P][width]
+  bool powers;          // 2^z and 2^-z are in range, and so are their sums
   bool to_input;
   float* to_weight;  // [C][taps / 4][P][4][lanes], added to; null where not wanted
   float* to_bias;    // [C][lanes], the same
