@@ -167,7 +167,7 @@ FCNSEG_INLINE void finish_pixels(SoftmaxTile<float>& g, float* z, int64_t z_step
   constexpr bool kScale = kSmooth || !kFactor;
   const Int none = splat_int(static_cast<int32_t>(g.C));
   Float factor[U], shift[U];
-  alignas(64) float one_hot[U][kLanes];
+  float* const last = z + g.C * g.stride;
   FCNSEG_UNROLL
   for (int u = 0; u < U; ++u) {
     const Int label = load_int(g.labels + pixel + u * pixel_step);
@@ -199,7 +199,7 @@ FCNSEG_INLINE void finish_pixels(SoftmaxTile<float>& g, float* z, int64_t z_step
         shift[u] = shift[u] * upstream;
       }
       factor[u] = alpha / s[u];
-      store(one_hot[u], kScale ? beta : s[u]);
+      store(last + u * z_step, kScale ? beta : s[u]);
     }
   }
   if constexpr (kGradient && kScale) {
@@ -214,19 +214,19 @@ FCNSEG_INLINE void finish_pixels(SoftmaxTile<float>& g, float* z, int64_t z_step
     }
   }
   if constexpr (kGradient) {
-    // Row C takes those of the ignored pixels.
+    // From row C, which also takes those of the ignored pixels.
     FCNSEG_UNROLL
     for (int u = 0; u < U; ++u) {
       for (int j = 0; j < kLanes; ++j) {
-        const int64_t at = g.labels[pixel + u * pixel_step + j] * g.stride + u * z_step + j;
-        z[at] -= one_hot[u][j];
+        const int64_t at = u * z_step + j;
+        z[g.labels[pixel + u * pixel_step + j] * g.stride + at] -= last[at];
       }
     }
   }
   if constexpr (kGradient && kFactor) {
     FCNSEG_UNROLL
     for (int u = 0; u < U; ++u) {
-      store(z + g.C * g.stride + u * z_step, kScale ? splat(1.f) : factor[u]);
+      store(last + u * z_step, kScale ? splat(1.f) : factor[u]);
     }
   }
 }
