@@ -349,7 +349,7 @@ FCNSEG_INLINE void depthwise_cells(const Depthwise& g, int64_t q, Float (&result
     }
     FCNSEG_UNROLL
     for (int p = 0; p < P; ++p) {
-      if constexpr (kPowers) sum[p] = exp2(sum[p]);
+      if constexpr (kPowers) sum[p] = exp2<5>(sum[p]);
       store(z + p * g.width, sum[p]);
       result[p] = kPowers ? result[p] + sum[p] : vmax(result[p], sum[p]);
     }

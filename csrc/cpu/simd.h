@@ -133,17 +133,28 @@ FCNSEG_INLINE Float mantissa(Float x) { return from_bits((bits(x) & 0x007fffff) 
 
 #endif
 
-// 2^x for -126 <= x <= 126: round to n + f, a polynomial in f, n added to the exponent field.
+// 2^x for -126 <= x <= 126: round to n + f, a polynomial in f, n added to the exponent field. Its
+// degree, 5 or 6, is the accuracy.
+template <int kDegree = 6>
 FCNSEG_INLINE Float exp2(Float x) {
   const Float magic = splat(12582912.f);  // 1.5 2^23: the sum's low bits are round(x)
   const Float shifted = x + magic;
   const Float f = x - (shifted - magic);
-  Float p = splat(1.5345810e-4f);  // minimax, relative error 1.6e-8 on [-1/2, 1/2]
-  p = fma(p, f, splat(1.3399931e-3f));
-  p = fma(p, f, splat(9.6184891e-3f));
-  p = fma(p, f, splat(5.5503286e-2f));
-  p = fma(p, f, splat(2.4022646e-1f));
-  p = fma(p, f, splat(6.9314718e-1f));
+  Float p;  // minimax on [-1/2, 1/2]
+  if constexpr (kDegree == 6) {  // relative error 1.6e-8
+    p = splat(1.5345810e-4f);
+    p = fma(p, f, splat(1.3399931e-3f));
+    p = fma(p, f, splat(9.6184891e-3f));
+    p = fma(p, f, splat(5.5503286e-2f));
+    p = fma(p, f, splat(2.4022646e-1f));
+    p = fma(p, f, splat(6.9314718e-1f));
+  } else {  // 9.2e-8
+    p = splat(1.32647e-3f);
+    p = fma(p, f, splat(9.67151e-3f));
+    p = fma(p, f, splat(5.550734e-2f));
+    p = fma(p, f, splat(2.4022242e-1f));
+    p = fma(p, f, splat(6.9314698e-1f));
+  }
   p = fma(p, f, splat(1.0f));
   return from_bits(bits(p) + (bits(shifted) << 23));
 }
