@@ -652,7 +652,12 @@ class Worker {
   }
 
   void run_row(int64_t j, int64_t fy, int64_t y) {
-    if (loss_ != nullptr) load_labels(y);
+    if (loss_ != nullptr) {
+      load_labels(y);
+      // The next row of this item, or one that is read soon after.
+      const int64_t skip = fy + 1 < pass_.fy_end ? 1 : plan_.rows.stride - (fy - pass_.fy_begin);
+      if (y + skip < plan_.p.H) loss_->target.prefetch_row(n_ * plan_.p.H + y + skip);
+    }
     const Part<Real>* const parts = pass_.row_parts(fy);
     for (int64_t i = 0; i < pass_.end - pass_.begin; ++i) {
       const int64_t block = plan_.block(parts[i].chunk.P);

@@ -251,7 +251,7 @@ FCNSEG_INLINE void softmax_pixels(SoftmaxTile<float>& g, float* z, int64_t z_ste
       const Float t = (load(row + u * z_step) - maximum[u]) * kUnit;
       if constexpr (kSmooth) smoothed[u] = fma(splat(g.smoothing_weight[c]), t, smoothed[u]);
       // below 2^-100 nothing is left of it in a sum of at least 1
-      const Float e = exp2(vmax(t, splat(-100.f)));
+      const Float e = exp2<5>(vmax(t, splat(-100.f)));
       if constexpr (kGradient) store(row + u * z_step, e);
       s[u] += e;
     }

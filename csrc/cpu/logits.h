@@ -103,6 +103,13 @@ struct Labels {
         return static_cast<const int64_t*>(data)[i];
     }
   }
+
+  // Asks for row `row` of all N * H.
+  void prefetch_row(int64_t row) const {
+    const int64_t bytes = W * (type == LabelType::kUInt8 ? 1 : type == LabelType::kInt32 ? 4 : 8);
+    const char* const begin = static_cast<const char*>(data) + row * bytes;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i, 0, 2);
+  }
 };
 
 // The first label, in memory order, that is neither a class nor ignored.
