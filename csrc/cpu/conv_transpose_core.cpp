@@ -4,13 +4,13 @@
 //
 // Who owns what. All target rows of one phase f_y see the same weights, 1 / stride of them. A pass
 // is such a phase (where the weights are small, a few; where they are large, part of its columns'
-// phases): it packs its weights, runs all work items, and adds up their sums of the weight gradient. A work item is a run
-// of rows of cells of one image. It adds to the gradient of the input rows that it owns; the rows
-// below, which belong to the next item, go to halo rows of its own, added at the end in a fixed
-// order. A unit is a run of items with one sum of the weight gradient. Items, units and passes
-// depend on the shape alone, so the result does not depend on the number of threads. Per thread,
-// the few input rows that a row of cells sees are held, with their gradients, and one tile of
-// logits; nothing has the size of the output.
+// phases): it packs its weights, runs all work items, and adds up their sums of the weight
+// gradient. A work item is a run of rows of cells of one image. It adds to the gradient of the
+// input rows that it owns; the rows below, which belong to the next item, go to halo rows of its
+// own, added at the end in a fixed order. A unit is a run of items with one sum of the weight
+// gradient. Items, units and passes depend on the shape alone, so the result does not depend on the
+// number of threads. Per thread, the few input rows that a row of cells sees are held, with their
+// gradients, and one tile of logits; nothing has the size of the output.
 //
 // The double path takes float64 input, and everything where a value is not finite or is extreme. It
 // runs the same schedule with eager's formulas in double, so that NaN and infinities come out.
@@ -214,7 +214,7 @@ template <typename Real>
 struct Plan {
   const ConvTranspose& p;
   const ConvTransposeCrossEntropy* loss;  // null: argmax
-  double input_range;  // greatest |x|
+  double input_range;                     // greatest |x|
   ConvTransposeKernel<Real> kernel;
   int64_t N, C, C_in, M, I;  // classes and channels; the same per group
   ConvAxis rows, columns;
@@ -288,9 +288,7 @@ struct Plan {
 
   // From class to class of a tile. Depthwise, a vector more, so that not all classes meet in a few
   // sets of the cache.
-  int64_t stride(int P, int64_t width) const {
-    return P * width + (depthwise ? kernel.lanes : 0);
-  }
+  int64_t stride(int P, int64_t width) const { return P * width + (depthwise ? kernel.lanes : 0); }
 
   // All taps of a chunk, in the order of the packed weights.
   std::vector<TapOf> taps(int64_t fy, const Chunk& chunk) const {
@@ -921,8 +919,8 @@ double fp32_range(const ConvTranspose& p, const ParallelFor& parallel_for) {
   const Logits weight{p.weight,   p.input.dtype, p.input.C, p.C / p.groups, p.kernel_h,
                       p.kernel_w, stride[0],     stride[1], stride[2],      stride[3]};
   const double range = greatest(p.input, parallel_for);
-  double bound = static_cast<double>(I * p.kernel_h * p.kernel_w) * range *
-                 greatest(weight, parallel_for);
+  double bound =
+      static_cast<double>(I * p.kernel_h * p.kernel_w) * range * greatest(weight, parallel_for);
   if (p.bias != nullptr) {
     bound += greatest({p.bias, p.input.dtype, 1, p.C, 1, 1, 0, p.bias_stride, 0, 0}, parallel_for);
   }

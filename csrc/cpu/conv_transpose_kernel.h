@@ -162,8 +162,8 @@ FCNSEG_INLINE void gather_targets(const SoftmaxTile<float>& g, const float* z, i
 template <int U, bool kGradient, bool kSmooth, bool kFactor>
 FCNSEG_INLINE void finish_pixels(SoftmaxTile<float>& g, float* z, int64_t z_step, int64_t pixel,
                                  int64_t pixel_step, const Float (&s)[U], const Float (&inside)[U],
-                                 const Float (&target)[U], const Float (&smoothed)[U],
-                                 Float& loss, Float& weight) {
+                                 const Float (&target)[U], const Float (&smoothed)[U], Float& loss,
+                                 Float& weight) {
   constexpr bool kScale = kSmooth || !kFactor;
   const Int none = splat_int(static_cast<int32_t>(g.C));
   Float factor[U], shift[U];
@@ -565,8 +565,8 @@ inline void depthwise_backward(const Depthwise& g) {
 
 // ---- argmax and sums ----
 
-inline void argmax(const float* z, int64_t C, int P, int64_t width, int64_t stride,
-                   int32_t* labels, int64_t pitch) {
+inline void argmax(const float* z, int64_t C, int P, int64_t width, int64_t stride, int32_t* labels,
+                   int64_t pitch) {
   for (int p = 0; p < P; ++p) {
     for (int64_t q = 0; q < width; q += kLanes) {
       const float* at = z + p * width + q;

@@ -140,7 +140,7 @@ FCNSEG_INLINE Float exp2(Float x) {
   const Float magic = splat(12582912.f);  // 1.5 2^23: the sum's low bits are round(x)
   const Float shifted = x + magic;
   const Float f = x - (shifted - magic);
-  Float p;  // minimax on [-1/2, 1/2]
+  Float p;                       // minimax on [-1/2, 1/2]
   if constexpr (kDegree == 6) {  // relative error 1.6e-8
     p = splat(1.5345810e-4f);
     p = fma(p, f, splat(1.3399931e-3f));
