@@ -198,7 +198,7 @@ void with_type(DType dtype, F call) {
 constexpr int64_t kItemsPerImage = 16;
 constexpr int64_t kMostUnits = 64;
 constexpr int64_t kSumsBytes = 8 << 20;    // of all units, in a pass
-constexpr int64_t kPassBytes = 512 << 10;  // of a pass of several phases: sums and weights
+constexpr int64_t kPassBytes = 256 << 10;  // of a pass of several phases: sums and weights
 constexpr int64_t kTileBytes = 128 << 10;  // of logits
 constexpr int64_t kDepthwiseTileBytes = 48 << 10;
 constexpr int64_t kTileCells = 128;
