@@ -133,6 +133,20 @@ def test_gradients_are_accurate(scale, grouped):
         assert relative_error(found, expected) <= 1e-6
 
 
+@pytest.mark.parametrize("class_weight", [1.0, 1e6])
+@pytest.mark.parametrize("offset", [-90.0, -75.0, -40.0, 40.0, 75.0, 90.0])
+def test_logits_far_from_zero(offset, class_weight):
+    """On both sides of the bound up to which their maximum is not subtracted."""
+    tensors = [normal((1, 5, 4, 9)), normal((5, 1, 4, 4), seed=1), torch.full((5,), offset)]
+    geometry = {"stride": 2, "padding": 1, "groups": 5}
+    target = labels((1, 8, 18), 5, ignore=255)
+    weight = class_weight * torch.arange(1.0, 6.0)
+    for reduction in REDUCTIONS:
+        check(
+            tensors, target, geometry, ignore_index=255, class_weight=weight, reduction=reduction
+        )
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 1000.0, 1e6, 1e18])
 def test_large_logits(scale, reduction):

@@ -202,7 +202,8 @@ constexpr int64_t kPassBytes = 256 << 10;  // of a pass of several phases: sums 
 constexpr int64_t kTileBytes = 128 << 10;  // of logits
 constexpr int64_t kDepthwiseTileBytes = 48 << 10;
 constexpr int64_t kTileCells = 128;
-constexpr double kPowersRange = 124;  // log2 of a sum of powers (Depthwise)
+constexpr double kLog2E = 1.44269504088896341;
+constexpr double kPowersRange = 124;  // log2 of sums of powers, and of the factor of eq. 6
 
 // A tap of a chunk at the rows' phase of a pass: its places in phases[f] of the two axes.
 struct TapOf {
@@ -214,12 +215,12 @@ template <typename Real>
 struct Plan {
   const ConvTranspose& p;
   const ConvTransposeCrossEntropy* loss;  // null: argmax
-  double input_range;                     // greatest |x|
   ConvTransposeKernel<Real> kernel;
   int64_t N, C, C_in, M, I;  // classes and channels; the same per group
   ConvAxis rows, columns;
   bool depthwise;
-  double unit;  // what logits are multiplied by
+  bool powers = false;  // see Depthwise
+  double unit = 1;      // what logits are multiplied by
   bool to_input = false, to_weight = false, to_bias = false;
   std::vector<Chunk> chunks;
   int64_t column_first;  // input column of the row buffers' first column
@@ -233,7 +234,6 @@ struct Plan {
   Plan(const ConvTranspose& conv, const ConvTransposeCrossEntropy* loss, double input_range)
       : p(conv),
         loss(loss),
-        input_range(input_range),
         kernel(kernel_of(cpu_capability(), Real{})),
         N(p.input.N),
         C(p.C),
@@ -243,7 +243,6 @@ struct Plan {
         rows(p.input.h, p.kernel_h, p.H, p.stride_h, p.padding_h, p.dilation_h, p.crop_h),
         columns(p.input.w, p.kernel_w, p.W, p.stride_w, p.padding_w, p.dilation_w, p.crop_w),
         depthwise(kernel.depthwise_forward != nullptr && M == 1 && I == 1),
-        unit(depthwise && loss != nullptr ? 1.44269504088896341 : 1.0),  // log2 e
         column_first(columns.first),
         width(round_up(columns.cells)),
         pitch(width + round_up(columns.last - columns.first)),
@@ -262,6 +261,8 @@ struct Plan {
     items_per_image = (rows.cells + cells_per_item - 1) / cells_per_item;
     items = N * items_per_image;
     cut_passes();
+    powers = find_powers(input_range);
+    if (powers) unit = kLog2E;
     if (p.bias != nullptr) {
       with_type(p.input.dtype, [&](auto type) {
         const auto* values = static_cast<const decltype(type)*>(p.bias);
@@ -305,6 +306,38 @@ struct Plan {
   int64_t inner_pitch(int64_t taps) const { return depthwise ? taps : round_up(taps * I); }
 
  private:
+  bool find_powers(double input_range) const {
+    // An upstream gradient may be of any size.
+    if (!depthwise || loss == nullptr || loss->upstream != nullptr) return false;
+    if (loss->label_smoothing != 0) return false;
+    double greatest = 0;  // logit
+    double most = C;      // of what multiplies a power or its inverse
+    with_type(p.input.dtype, [&](auto type) {
+      const auto* weight = static_cast<const decltype(type)*>(p.weight);
+      const auto* values = static_cast<const decltype(type)*>(p.bias);
+      for (int64_t i = 0; i < C * rows.count() * columns.count(); ++i) {
+        const int64_t c = i / (rows.count() * columns.count());
+        double total = 0;
+        for (const auto& row : rows.phases[i / columns.count() % rows.count()]) {
+          for (const auto& column : columns.phases[i % columns.count()]) {
+            const int64_t at = c * p.weight_stride[0] + row.kernel * p.weight_stride[2] +
+                               column.kernel * p.weight_stride[3];
+            total += std::abs(static_cast<double>(to_real(weight[at])));
+          }
+        }
+        total *= input_range;
+        if (values != nullptr) {
+          total += std::abs(static_cast<double>(to_real(values[c * p.bias_stride])));
+        }
+        greatest = std::max(greatest, total);
+      }
+    });
+    for (int64_t c = 0; loss->class_weight != nullptr && c < C; ++c) {
+      most = std::max(most, std::abs(loss->class_weight[c]));
+    }
+    return greatest * kLog2E + std::log2(most) <= kPowersRange;
+  }
+
   void cut_columns() {
     const int64_t most = depthwise ? kMaxDepthwisePhases : std::clamp<int64_t>(96 / C, 1, 8);
     for (int64_t f = 0; f < columns.count();) {
@@ -355,7 +388,6 @@ struct Part {
   std::vector<TapOf> taps;
   int64_t inner, offset;    // length of a row, place in the weights of the pass
   std::vector<Real> start;  // the bias of each row [c][p]; empty where depthwise
-  bool powers = false;      // see Depthwise
 
   // Of tap t of class c and phase q, in the weights of the pass.
   int64_t place(const Plan<Real>& plan, int64_t c, int q, int64_t t) const {
@@ -388,7 +420,6 @@ struct Pass {
         }
       });
     });
-    for (Part<Real>& part : parts) part.powers = plan.depthwise && find_powers(plan, part);
   }
 
   const Part<Real>* row_parts(int64_t fy) const {
@@ -419,7 +450,7 @@ struct Pass {
     for (int64_t fy = fy_begin; fy < fy_end; ++fy) {
       for (int64_t i = begin; i < end; ++i) {
         const Chunk& chunk = plan.chunks[i];
-        Part<Real> part{fy, chunk, plan.taps(fy, chunk), 0, size, {}, false};
+        Part<Real> part{fy, chunk, plan.taps(fy, chunk), 0, size, {}};
         part.inner = plan.inner_pitch(part.taps.size());
         for (int64_t r = 0; !plan.depthwise && r < plan.C * chunk.P; ++r) {
           part.start.push_back(plan.bias[r / chunk.P]);
@@ -429,20 +460,6 @@ struct Pass {
       }
     }
     return size;
-  }
-
-  bool find_powers(const Plan<Real>& plan, const Part<Real>& part) const {
-    double greatest = 0;  // logit, in units of ln 2
-    for (int64_t c = 0; c < plan.C; ++c) {
-      for (int q = 0; q < part.chunk.P; ++q) {
-        double total = 0;
-        for (size_t t = 0; t < part.taps.size(); ++t) {
-          total += std::abs(weight.data()[part.place(plan, c, q, t)]);
-        }
-        greatest = std::max(greatest, total * plan.input_range + std::abs(plan.bias[c]));
-      }
-    }
-    return greatest + std::log2(plan.C) <= kPowersRange;
   }
 };
 
@@ -779,7 +796,7 @@ class Worker {
     depthwise_.weight = pass_.weight.data() + part.offset;
     depthwise_.bias = plan_.bias.data();
     depthwise_.z = z_.data();
-    depthwise_.powers = part.powers;
+    depthwise_.powers = plan_.powers;
     depthwise_.to_input = plan_.to_input;
     if (plan_.to_weight) {
       depthwise_.to_weight = lane_sums_.data() + part.offset * plan_.kernel.lanes;

@@ -15,10 +15,12 @@
 // The label of argmax is the lowest c with the greatest z_c.
 //
 // In eq. 1 to 4 a lane is a cell. Eq. 5 has k in the lanes, from a transposed X. Where every class
-// has its own channel (depthwise), k is a tap alone, A and bias carry the log2 e of eq. 2, eq. 4
-// and 5 read d once, and the sums over q of eq. 5 and of d (the bias) are left in the lanes. There
-// the tile holds, where nothing is smoothed and so alpha = beta,
+// has its own channel (depthwise), k is a tap alone, eq. 4 and 5 read d once, and the sums over q
+// of eq. 5 and of d (the bias) are left in the lanes. There the tile holds, where nothing is
+// smoothed and so alpha = beta,
 //   6. e_c - s [c = y],  and in row C the factor u alpha / s that makes it d_c
+// and where a bound of |z| allows it (powers), A and bias carry the log2 e of eq. 2, and e_c is
+// 2^z_c: max z is not subtracted.
 
 #include "read_labels.h"
 
@@ -231,24 +233,23 @@ FCNSEG_INLINE void finish_pixels(SoftmaxTile<float>& g, float* z, int64_t z_step
   }
 }
 
-// eq. 2 and 3 given the greatest logits. kDepthwise: the logits are in units of ln 2.
+// eq. 2 and 3 given the greatest logits.
 template <int U, bool kGradient, bool kSmooth, bool kDepthwise>
 FCNSEG_INLINE void softmax_pixels(SoftmaxTile<float>& g, float* z, int64_t z_step, int64_t pixel,
                                   int64_t pixel_step, const Float (&maximum)[U], Float& loss,
                                   Float& weight) {
-  constexpr float kUnit = kDepthwise ? 1.f : kLog2E;
   Float target[U], smoothed[U], s[U];
   gather_targets(g, z, z_step, pixel, pixel_step, target);
   FCNSEG_UNROLL
   for (int u = 0; u < U; ++u) {
-    target[u] = (target[u] - maximum[u]) * kUnit;
+    target[u] = (target[u] - maximum[u]) * kLog2E;
     smoothed[u] = s[u] = splat(0.f);
   }
   for (int64_t c = 0; c < g.C; ++c) {
     float* row = z + c * g.stride;
     FCNSEG_UNROLL
     for (int u = 0; u < U; ++u) {
-      const Float t = (load(row + u * z_step) - maximum[u]) * kUnit;
+      const Float t = (load(row + u * z_step) - maximum[u]) * kLog2E;
       if constexpr (kSmooth) smoothed[u] = fma(splat(g.smoothing_weight[c]), t, smoothed[u]);
       // below 2^-100 nothing is left of it in a sum of at least 1
       const Float e = exp2<5>(vmax(t, splat(-100.f)));
