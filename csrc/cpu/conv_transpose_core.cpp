@@ -307,8 +307,8 @@ struct Plan {
 
  private:
   bool find_powers(double input_range) const {
-    // An upstream gradient may be of any size.
-    if (!depthwise || loss == nullptr || loss->upstream != nullptr) return false;
+    // The loss of one class is exactly 0; an upstream gradient may be of any size.
+    if (!depthwise || C == 1 || loss == nullptr || loss->upstream != nullptr) return false;
     if (loss->label_smoothing != 0) return false;
     double greatest = 0;  // logit
     double most = C;      // of what multiplies a power or its inverse
