@@ -142,9 +142,7 @@ def test_logits_far_from_zero(offset, class_weight):
     target = labels((1, 8, 18), 5, ignore=255)
     weight = class_weight * torch.arange(1.0, 6.0)
     for reduction in REDUCTIONS:
-        check(
-            tensors, target, geometry, ignore_index=255, class_weight=weight, reduction=reduction
-        )
+        check(tensors, target, geometry, ignore_index=255, class_weight=weight, reduction=reduction)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
