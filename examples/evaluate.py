@@ -29,6 +29,7 @@ from fcnseg import data
 from fcnseg.inference import Inference, Run, load_run
 from fcnseg.metrics import Scores, format_scores, save_matrix, scores
 from fcnseg.training import CheckpointError
+from fcnseg.training.loop import allow_tf32
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +85,7 @@ def open_network(args: argparse.Namespace) -> Network:
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", name):
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -94,8 +95,7 @@ def open_network(args: argparse.Namespace) -> Network:
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 needs a CUDA device; on the CPU use bf16 or fp32")
     # as in training, whose fp32 is not rounded to tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    allow_tf32(precision == "tf32")
     run.model.to(device)
     if run.config.channels_last:
         run.model.to(memory_format=torch.channels_last)

@@ -226,7 +226,7 @@ class GraphedTrainStep:
         if shapes < 1:
             raise ValueError(f"shapes: expected a number >= 1, got {shapes}")
         self.step, self.warmup, self.shapes = step, warmup, shapes
-        self.reason = reason or _why_not()
+        self.reason = reason or why_not()
         self.captures = 0
         self._warm: dict[Any, int] = {}
         self._graphs: OrderedDict[Any, tuple[Any, tuple[Tensor, ...], Tensor]] = OrderedDict()
@@ -287,17 +287,19 @@ class GraphedTrainStep:
                 result = self.step(*batch)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        waits = None
+        waits, others = None, []
         for each in caught:
             message = str(each.message)
             if "called a synchronizing CUDA operation" in message:
                 waits = waits or f"{each.filename}:{each.lineno}"
             elif "Synchronization debug mode" not in message:  # which says that it is a prototype
-                warnings.warn_explicit(
-                    each.message, each.category, each.filename, each.lineno, source=each.source
-                )
+                others.append(each)
         if waits is not None:
             self._give_up(f"the step waits for the device ({waits})")
+        for each in others:
+            warnings.warn_explicit(
+                each.message, each.category, each.filename, each.lineno, source=each.source
+            )
         return result
 
     def _capture(self, key: Any, batch: tuple[Tensor, ...]) -> None:
@@ -316,6 +318,8 @@ class GraphedTrainStep:
             # The step's own error, where ending its capture raised another one after it.
             first = error if ended else error.__context__ or error
             reason = str(first).strip().partition("\n")[0] or type(first).__name__
+            if _distributed() and isinstance(first, dist.DistError):
+                raise first from error  # another process failed
             # NCCL wants the same of all processes, a graph or none, and DistributedDataParallel
             # takes no further step after half a backward pass.
             if not ended or _distributed():
@@ -356,7 +360,7 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _why_not() -> str | None:
+def why_not() -> str | None:
     """Why no step of this process can be captured; None if it can be tried."""
     if not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"

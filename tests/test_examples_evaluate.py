@@ -131,6 +131,7 @@ def test_submission_values_are_the_data_sets_own() -> None:
         (["--precision", "fp16"], "error: --precision fp16 needs a CUDA device"),
         (["--device", "abacus"], "error: --device must be auto, cpu, cuda or cuda:N, got abacus"),
         (["--device", "meta"], "error: --device must be auto, cpu, cuda or cuda:N, got meta"),
+        (["--device", "cuda:01"], "error: --device must be auto, cpu, cuda or cuda:N, got cuda:01"),
         (["--device", "cuda:99"], "error: --device cuda:99: PyTorch sees "),
     ],
 )

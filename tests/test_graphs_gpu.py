@@ -182,9 +182,13 @@ def test_a_capture_that_is_spoiled_ends_the_run() -> None:
     # In a process of its own, which it leaves as it says.
     call = "import test_graphs_gpu; test_graphs_gpu.capture_a_loss_that_waits()"
     done = subprocess.run(
-        [sys.executable, "-c", call], cwd=Path(__file__).parent, capture_output=True, text=True
+        [sys.executable, "-c", call],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert done.returncode == 1
+    assert done.returncode != 0
     assert "CaptureError: the capture of a CUDA graph broke off" in done.stderr
     assert "--no-cuda-graphs" in done.stderr
 

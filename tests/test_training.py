@@ -730,17 +730,36 @@ def test_compiled_trunk(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("before", ["highest", "high", "medium", "global"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_tf32_is_set_for_the_run_and_as_it_was_afterwards(tmp_path: Path, precision: str) -> None:
-    def flags() -> tuple[bool, ...]:
-        # what torch.export reads; raises where the ways to set it were mixed
-        backends = torch.backends
-        return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, backends.cudnn.benchmark
+def test_tf32_is_set_for_the_run_and_as_it_was_afterwards(
+    tmp_path: Path, precision: str, before: str
+) -> None:
+    backends: Any = torch.backends
 
-    before = flags()
-    with loop._numerics(settings(tmp_path, precision=precision), torch.device("cuda")):
-        assert flags() == (precision == "tf32", precision == "tf32", True)
-    assert flags() == before
+    def old() -> tuple[Any, ...]:  # raises where old and new switches were mixed
+        products = torch.get_float32_matmul_precision()
+        return products, backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+
+    def new() -> tuple[str, ...]:
+        return backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
+
+    try:
+        if before == "global":
+            backends.cuda.matmul.fp32_precision = "none"  # inherits it
+            backends.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision(before)
+        with loop._numerics(settings(tmp_path, precision=precision), torch.device("cuda")):
+            tf32 = precision == "tf32"
+            assert old() == ("high" if tf32 else "highest", tf32, tf32)
+            assert new() == (("tf32" if tf32 else "ieee"),) * 2 and backends.cudnn.benchmark
+        assert old() == ("high" if before == "global" else before, before != "highest", True)
+        assert not backends.cudnn.benchmark
+    finally:
+        backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = True
 
 
 def test_compile_needs_a_trunk(tmp_path: Path) -> None:

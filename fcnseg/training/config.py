@@ -248,7 +248,7 @@ class TrainConfig:
         self._pair("scale", float)
         if self.scale[0] > self.scale[1]:
             raise ConfigError(f"scale: expected (low, high) with low <= high, got {self.scale}")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
+        if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9]\d?))?", str(self.device)):
             raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
 
     @property

@@ -33,7 +33,7 @@ from fcnseg.data import (
     TrainTransform,
     worker_init_fn,
 )
-from fcnseg.graphs import GraphedTrainStep, Prefetcher, TrainStep
+from fcnseg.graphs import GraphedTrainStep, Prefetcher, TrainStep, why_not
 from fcnseg.metrics import ConfusionMatrix, Scores, format_scores, scores
 from fcnseg.training import checkpoint, distributed, optimizer, reporting
 from fcnseg.training.config import ConfigError, TrainConfig
@@ -201,17 +201,31 @@ def _init_worker(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
 
 
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 convolutions and products on CUDA may round to TF32.
+
+    PyTorch has two generations of switches, some of its parts (``torch.export``, Inductor) read the
+    old ones, and reading those raises where the new ones say otherwise. Here both say the same,
+    whatever they said before.
+    """
+    cudnn: Any = torch.backends.cudnn  # which does not declare all that it has
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    cudnn.allow_tf32 = allowed
+    if not allowed:  # otherwise the convolutions would inherit a global setting
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+
+
 @contextlib.contextmanager
 def _numerics(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """PyTorch's global switches as the run wants them, and as they were afterwards."""
-    backends: Any = torch.backends  # whose modules do not declare all that they have
-    matmul, cudnn = backends.cuda.matmul, backends.cudnn
-    # Written as allow_tf32, which parts of PyTorch (torch.export) still read and which raises once
-    # fp32_precision was written; read as fp32_precision, which never raises.
+    backends: Any = torch.backends
+    tf32 = [x.fp32_precision == "tf32" for x in (backends.cuda.matmul, backends.cudnn.conv)]
+    try:
+        products = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by a new switch alone
+        products = "high" if tf32[0] else "highest"
     before = (
-        matmul.fp32_precision == "tf32",
-        cudnn.conv.fp32_precision == "tf32",
-        cudnn.benchmark,
+        backends.cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
@@ -219,14 +233,16 @@ def _numerics(config: TrainConfig, device: torch.device) -> Iterator[None]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         if device.type == "cuda":
-            matmul.allow_tf32 = cudnn.allow_tf32 = config.precision == "tf32"
-            cudnn.benchmark = not config.deterministic
-        torch.use_deterministic_algorithms(config.deterministic or before[3], warn_only=False)
+            allow_tf32(config.precision == "tf32")
+            backends.cudnn.benchmark = not config.deterministic
+        torch.use_deterministic_algorithms(config.deterministic or before[1], warn_only=False)
         yield
     finally:
         if device.type == "cuda":
-            matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before[:3]
-        torch.use_deterministic_algorithms(before[3], warn_only=before[4])
+            allow_tf32(tf32[1])
+            torch.set_float32_matmul_precision(products)
+            backends.cudnn.benchmark = before[0]
+        torch.use_deterministic_algorithms(before[1], warn_only=before[2])
 
 
 @dataclass
@@ -323,7 +339,7 @@ class Trainer:
             ignore_index=self.train_set.ignore_index,
         )
         # The stream of the steps; None: the current one.
-        graphed = config.cuda_graphs and self.device.type == "cuda"
+        graphed = config.cuda_graphs and self.device.type == "cuda" and why_not() is None
         stream = torch.cuda.Stream() if graphed else None
         if world.size > 1:
             if stream is not None:
@@ -612,8 +628,8 @@ class Trainer:
         )
         with bar:
             if not self._out_of_steps():
-                batches = self._batches(self.train_set, batch_sampler=self.batches)
-                for (_, target), batch in batches:
+                # Named by nothing, so that its workers end with the loop.
+                for (_, target), batch in self._batches(self.train_set, batch_sampler=self.batches):
                     valid = bool((target != self.train_set.ignore_index).any())
                     valid, self.stopping = self.world.any(valid, self.interrupt.set)
                     if self.stopping:
