@@ -57,10 +57,11 @@ def _cross_entropy(
     if label_smoothing > 0:
         loss = loss - (label_smoothing / num_classes) * (log_p * w[:, None, None]).sum(1)
     loss = torch.where(valid, loss, zero)
-    # 0 / 0 where every pixel is ignored: the mean is NaN, as eager's.
-    denominator = w_y.sum(dtype=torch.float64)
     any_bad = bad.any()
     nan = z.new_full((), torch.nan)
+    # 0 / 0 where every pixel is ignored or none weighs anything: the mean is NaN, as eager's.
+    denominator = w_y.sum(dtype=torch.float64)
+    denominator = torch.where(denominator == 0, nan, denominator)
     if reduction == "none":
         loss = torch.where(bad, nan, loss)
     else:

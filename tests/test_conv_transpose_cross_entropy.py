@@ -152,6 +152,25 @@ def test_all_ignored(reduction: str) -> None:
         assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["twice the stride, grouped", "twice the stride, full"])
+def test_mean_of_pixels_that_weigh_nothing(name: str, label_smoothing: float) -> None:
+    shape, _, size, geometry = GEOMETRIES[name]
+    tensors, classes = operands(name)
+    target = torch.zeros((shape[0], *size), dtype=torch.int64)
+    target[:, 1, 1] = 255
+    class_weight = torch.ones(classes)
+    class_weight[0] = 0
+    for value in evaluate(
+        lambda input, weight, bias: fcnseg.conv_transpose_cross_entropy(
+            input, weight, target, bias, class_weight=class_weight, ignore_index=255,
+            label_smoothing=label_smoothing, **geometry,
+        ),
+        tensors,
+    ):  # fmt: skip
+        assert value.isnan().all()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_one_class_is_exactly_zero(reduction: str) -> None:
     tensors, _ = operands("one class")

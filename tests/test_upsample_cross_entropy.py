@@ -165,6 +165,22 @@ def test_all_ignored(reduction, label_smoothing):
     assert torch.equal(expected, gradient)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_mean_of_pixels_that_weigh_nothing(scale, label_smoothing):
+    target = labels((2, 9, 14), 2)
+    target[:, 4, 5] = 255
+    options = {
+        "weight": torch.tensor([0.0, 0.0, 1.0]), "ignore_index": 255,
+        "label_smoothing": label_smoothing,
+    }  # fmt: skip
+    for function in (fcnseg.upsample_cross_entropy, eager_loss):
+        for value in evaluate(
+            lambda x, f=function: f(x, target, **options), [scale * normal((2, 3, 3, 4))]
+        ):
+            assert value.isnan().all()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_one_class_is_exactly_zero(reduction):
     logits = (100 * normal((2, 1, 3, 4))).requires_grad_()

@@ -1079,12 +1079,13 @@ BadLabel run(const ConvTransposeCrossEntropy& problem, double input_range,
   }
   if (all.bad.count != 0) return all.bad;
   const bool mean = problem.reduction == Reduction::kMean;
+  const double denominator = mean_denominator(all.weight);
   if (problem.reduction != Reduction::kNone) {
-    *static_cast<Out*>(problem.loss) = static_cast<Out>(mean ? all.loss / all.weight : all.loss);
+    *static_cast<Out*>(problem.loss) = static_cast<Out>(mean ? all.loss / denominator : all.loss);
   }
   if (!halos.empty()) add_halos(plan, halos, parallel_for);
   // No valid pixel: the mean is NaN, but the gradient is 0.
-  const double factor = mean && all.valid > 0 ? 1.0 / all.weight : 1.0;
+  const double factor = mean && all.valid > 0 ? 1.0 / denominator : 1.0;
   scale<Out>(problem.to_input, input_size, factor / plan.unit, parallel_for);
   scale<Out>(problem.to_weight, weight_size, factor, parallel_for);
   for (int64_t c = 0; plan.to_bias && c < plan.C; ++c) {

@@ -2,11 +2,17 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace fcnseg {
 
 enum class Reduction { kNone, kMean, kSum };
+
+// The sum of the pixels' weights; NaN where it is 0: eager divides a 0 by it.
+inline double mean_denominator(double weight) {
+  return weight != 0 ? weight : std::numeric_limits<double>::quiet_NaN();
+}
 
 // With e the smoothing, w the class weights (1 where null), s the softmax, y the label:
 //   l = softmax_y lse(z) - one_hot_y z_y - sum_c smoothing_c z_c

@@ -468,12 +468,13 @@ UpsampleCrossEntropyReport run(const Plan& plan, const ParallelFor& parallel_for
   }
   if (all.report.bad.count != 0) return all.report;
   const bool mean = p.reduction == Reduction::kMean;
+  const double denominator = mean_denominator(all.weight);
   if (p.reduction != Reduction::kNone) {
-    *static_cast<Real*>(p.loss) = static_cast<Real>(mean ? all.loss / all.weight : all.loss);
+    *static_cast<Real*>(p.loss) = static_cast<Real>(mean ? all.loss / denominator : all.loss);
   }
   if (gradient) {
     // No valid pixel: the mean is NaN, but the gradient is 0.
-    const double scale = mean && all.valid > 0 ? 1.0 / all.weight : 1.0;
+    const double scale = mean && all.valid > 0 ? 1.0 / denominator : 1.0;
     parallel_for(plan.N, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) finish_image(plan, n, halos.data(), scale);
     });
