@@ -38,7 +38,8 @@ NO_INDEX = tl.constexpr(2**63 - 1)
 #: layouts.
 RUNTIME = [
     "cells", "tiles", "partials", "blocks", "bands", "band_rows", "C", "h", "w", "H", "W",
-    "ignore_index", "copies", "stride_n", "stride_c", "stride_h", "stride_w",
+    "ignore_index", "copies", "stride_matrix_0", "stride_matrix_1",
+    "stride_n", "stride_c", "stride_h", "stride_w",
     *(f"stride_{name}_{axis}" for name in ("logits", "grad", "target", "upstream", "loss")
       for axis in "nchw"),
 ]  # fmt: skip

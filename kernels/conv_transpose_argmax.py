@@ -28,9 +28,11 @@ from torch import Tensor
 from fcnseg.kernels import common
 from fcnseg.kernels.common import split_cells
 from fcnseg.kernels.conv_transpose_cross_entropy import (
+    RUNTIME,
     held_logits,
     held_samples,
     held_weights,
+    make_operands,
     make_problem,
     pack_operands,
     tuned_blocks,
@@ -55,11 +57,11 @@ def _better(best, label, z, first_class, C, MODE: tl.constexpr, BLOCK_C: tl.cons
     return tl.where(better, peak, best), tl.where(better, lowest, label)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _conv_transpose_argmax_kernel(
     input_ptr, weight_ptr, bias_ptr, label_ptr,
     positions, rows, columns, first_row, first_column, items, item_columns,
-    C, K, per_group, num_channels, h, w, H, W, stored_rows, stored_columns,
+    C, K, per_group, num_channels, h, w, H, W,
     stride_y, kernel_y, step_y, hop_y, gcd_y, inverse_y, dilation_y, shift_y,
     stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x,
     stride_n, stride_c, stride_h, stride_w,
@@ -69,15 +71,16 @@ def _conv_transpose_argmax_kernel(
 ):  # fmt: skip
     axis_y = (stride_y, kernel_y, step_y, hop_y, gcd_y, inverse_y, dilation_y, shift_y, h, H)
     axis_x = (stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x, w, W)
-    source = (input_ptr, num_channels, stride_c, stride_h, stride_w)
-    weight = (weight_ptr, bias_ptr, C, K, per_group, stored_rows, stored_columns)
+    source, weight = make_operands(
+        input_ptr, weight_ptr, bias_ptr, C, K, per_group, num_channels, h, w,
+        stride_n, stride_c, stride_h, stride_w, MODE, BLOCK_C, BLOCK_K,
+    )  # fmt: skip
     n, i, j, _, mask = split_cells(tl.program_id(0), positions, rows, columns - 1, BLOCK, 1, WIDE)
     i += first_row
     j += first_column
-    image = n * stride_n
     if HELD:
-        xs = held_samples(
-            source, image, i, j, axis_y, axis_x, 0, MODE, OPERAND, TAPS_Y, TAPS_X, BLOCK_K
+        xs, masks = held_samples(
+            source, n, i, j, axis_y, axis_x, MODE, OPERAND, TAPS_Y, TAPS_X, BLOCK_K
         )
     for item in range(items):
         phase_y = item // item_columns
@@ -90,19 +93,19 @@ def _conv_transpose_argmax_kernel(
                 BLOCK_C,
             )  # fmt: skip
             z = held_logits(
-                xs, ws, weight, HAS_BIAS, MODE, PRECISION, TAPS_Y * TAPS_X, BLOCK, BLOCK_C
+                xs, masks, ws, weight, HAS_BIAS, MODE, PRECISION, TAPS_Y * TAPS_X, BLOCK, BLOCK_C
             )
             best, label = _better(best, label, z, 0, C, MODE, BLOCK_C)
         elif ONE_BLOCK:
             z = walked_logits(
-                source, weight, image, i, j, phase_y, phase_x, axis_y, axis_x, 0, HAS_BIAS, MODE,
+                source, weight, n, i, j, phase_y, phase_x, axis_y, axis_x, 0, HAS_BIAS, MODE,
                 OPERAND, PRECISION, BLOCK, BLOCK_C, BLOCK_K,
             )  # fmt: skip
             best, label = _better(best, label, z, 0, C, MODE, BLOCK_C)
         else:
             for c in range(0, C, BLOCK_C):
                 z = walked_logits(
-                    source, weight, image, i, j, phase_y, phase_x, axis_y, axis_x, c, HAS_BIAS,
+                    source, weight, n, i, j, phase_y, phase_x, axis_y, axis_x, c, HAS_BIAS,
                     MODE, OPERAND, PRECISION, BLOCK, BLOCK_C, BLOCK_K,
                 )  # fmt: skip
                 best, label = _better(best, label, z, c, C, MODE, BLOCK_C)
@@ -132,7 +135,7 @@ def conv_transpose_argmax_forward(
     with common.device_of(input):
         _conv_transpose_argmax_kernel[(triton.cdiv(positions, blocks.BLOCK),)](
             input, weight, input if bias is None else bias.contiguous(), labels,
-            *walk.args(input.shape[0]), *problem.sizes, *weight.shape[2:],
+            *walk.args(input.shape[0]), *problem.sizes,
             *problem.y.args, *problem.x.args, *input.stride(), HAS_BIAS=bias is not None,
             ONE_BLOCK=problem.classes <= blocks.BLOCK_C,
             WIDE=positions + blocks.BLOCK >= 2**31, TAPS_Y=taps[0], TAPS_X=taps[1],

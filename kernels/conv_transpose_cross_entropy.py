@@ -36,7 +36,9 @@ products. "full", "groups", "classes": classes by cells on the ordinary cores in
 = 1 before sm_80, any groups, groups = C.
 
 Numerics. Exponentials in base 2 relative to the pixel's largest z. Sums in float32 per program,
-then in order. NaN comes out where it does in eager. Offsets are int64.
+then in order. NaN comes out where it does in eager: a tap without sample adds nothing, as 0 times
+an infinite weight is NaN; cells that the crop leaves out take part in the gradients, times 0.
+Offsets are int64.
 
 Source: Long, Shelhamer and Darrell, "Fully convolutional networks", 2015, for the operator; Shi et
 al., "Is the deconvolution layer the same as a convolutional layer?", 2016, for the phases;
@@ -48,7 +50,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -57,7 +59,19 @@ from torch import Tensor
 
 from fcnseg.kernels import common
 from fcnseg.kernels.common import add_to_record, load_labels, split_cells
-from fcnseg.kernels.upsample_cross_entropy import LN2, LOG2E, _gradient_scale
+from fcnseg.kernels.upsample_cross_entropy import (
+    LN2,
+    LOG2E,
+    counted_weight,
+    reduction_scale,
+)
+
+#: As common.RUNTIME: no size compiles anew, but the geometry does, which belongs to the model.
+RUNTIME = [
+    *(name for name in common.RUNTIME if name != "C"), "positions", "rows", "columns", "first_row",
+    "first_column", "splits", "tiles_per_split", "total",
+    *(f"stride_input_{axis}" for axis in "nchw"),
+]  # fmt: skip
 
 # --- device ---------------------------------------------------------------------------------------
 
@@ -69,6 +83,28 @@ def axis_taps(phase, axis):
     first = phase // gcd * inverse % step
     some = (phase % gcd == 0) & (first < kernel)
     return first, dilation * first // stride, tl.where(some, (kernel - first + step - 1) // step, 0)
+
+
+@triton.jit
+def make_operands(
+    input_ptr, weight_ptr, bias_ptr, C, K, per_group, num_channels, h, w,
+    stride_n, stride_c, stride_h, stride_w,
+    MODE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """source and weight, as the functions below take them. In mode "dot" `pack_operands` has laid
+    them out: sizes that are whole blocks let the compiler see that loads are aligned."""
+    if MODE == "dot":
+        stored_rows = tl.cdiv(K, BLOCK_K) * BLOCK_K
+        stored_columns = tl.cdiv(C, BLOCK_C) * BLOCK_C
+        row = tl.cast(w, tl.int64) * stored_rows
+        source = (input_ptr, num_channels, h * row, 1, row, stored_rows)
+        return source, (weight_ptr, bias_ptr, C, K, per_group, stored_rows, stored_columns)
+    else:
+        source = (input_ptr, num_channels, stride_n, stride_c, stride_h, stride_w)
+        if MODE == "classes":
+            return source, (weight_ptr, bias_ptr, C, 1, 1, 1, C)
+        else:
+            return source, (weight_ptr, bias_ptr, C, K, per_group, K, C)
 
 
 @triton.jit
@@ -85,7 +121,7 @@ def per_cell(x, MODE: tl.constexpr):
 @triton.jit
 def load_samples(source, offs, inside, channels, MODE: tl.constexpr, OPERAND: tl.constexpr):
     """Tile of the input at offs [BLOCK], 0 outside, for the vector of channels."""
-    input_ptr, num_channels, stride_c, _stride_h, _stride_w = source
+    input_ptr, num_channels, _stride_n, stride_c, _stride_h, _stride_w = source
     if MODE == "dot":  # channels are neighbours and padded with zeros
         pointers = (input_ptr + offs)[:, None] + channels[None, :]
         return tl.load(pointers, mask=inside[:, None], other=0.0).to(OPERAND)
@@ -96,10 +132,11 @@ def load_samples(source, offs, inside, channels, MODE: tl.constexpr, OPERAND: tl
 
 
 @triton.jit
-def sample_offsets(source, image, row, column, axis_y, axis_x):
-    _input_ptr, _num_channels, _stride_c, stride_h, stride_w = source
+def sample_offsets(source, n, row, column, axis_y, axis_x):
+    _input_ptr, _num_channels, stride_n, _stride_c, stride_h, stride_w = source
     inside = (row >= 0) & (row < axis_y[8]) & (column >= 0) & (column < axis_x[8])
-    return image + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w, inside
+    offs = n * stride_n + row.to(tl.int64) * stride_h + column.to(tl.int64) * stride_w
+    return offs, inside
 
 
 @triton.jit
@@ -118,19 +155,22 @@ def load_weight_row(tap, weight, channel, classes):
 
 @triton.jit
 def held_samples(
-    source, image, cell_y, cell_x, axis_y, axis_x, C0,
+    source, n, cell_y, cell_x, axis_y, axis_x,
     MODE: tl.constexpr, OPERAND: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The samples of a cell's TAPS_Y x TAPS_X taps, all channels: one tile each."""
+    """The samples of a cell's TAPS_Y x TAPS_X taps, all channels: one tile each; and which lie in
+    the input."""
     xs = ()
+    masks = ()
     for a in tl.static_range(TAPS_Y * TAPS_X):
         offs, inside = sample_offsets(
-            source, image, cell_y - a // TAPS_X, cell_x - a % TAPS_X, axis_y, axis_x
+            source, n, cell_y - a // TAPS_X, cell_x - a % TAPS_X, axis_y, axis_x
         )
-        channels = C0 + tl.arange(0, BLOCK_K)
+        channels = tl.arange(0, BLOCK_K)
         xs = xs + (load_samples(source, offs, inside, channels, MODE, OPERAND),)
-    return xs
+        masks = masks + (inside,)
+    return xs, masks
 
 
 @triton.jit
@@ -178,7 +218,7 @@ def _bias_tile(
 
 @triton.jit
 def held_logits(
-    xs, ws, weight, HAS_BIAS: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
+    xs, masks, ws, weight, HAS_BIAS: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     TAPS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """z (eq. 3) from samples and weights in registers, -inf past the last class."""
@@ -186,15 +226,16 @@ def held_logits(
     z = _bias_tile(weight, classes, HAS_BIAS, MODE, BLOCK, BLOCK_C)
     for a in tl.static_range(TAPS):
         if MODE == "dot":
-            z = tl.dot(xs[a], ws[a], z, input_precision=PRECISION)
+            with_tap = tl.dot(xs[a], ws[a], z, input_precision=PRECISION)
         else:
-            z += per_class(ws[a], MODE) * xs[a]
+            with_tap = z + per_class(ws[a], MODE) * xs[a]
+        z = tl.where(per_cell(masks[a], MODE), with_tap, z)  # 0 times an infinite weight is NaN
     return tl.where(per_class(classes < weight[2], MODE), z, float("-inf"))
 
 
 @triton.jit
 def walked_logits(
-    source, weight, image, cell_y, cell_x, phase_y, phase_x, axis_y, axis_x, first_class,
+    source, weight, n, cell_y, cell_x, phase_y, phase_x, axis_y, axis_x, first_class,
     HAS_BIAS: tl.constexpr, MODE: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -208,7 +249,7 @@ def walked_logits(
         t_y = t // taps_x
         t_x = t - t_y * taps_x
         offs, inside = sample_offsets(
-            source, image, cell_y - before_y - t_y * axis_y[3],
+            source, n, cell_y - before_y - t_y * axis_y[3],
             cell_x - before_x - t_x * axis_x[3], axis_y, axis_x,
         )  # fmt: skip
         tap = tap_pointer(weight, tap_y + t_y * axis_y[2], tap_x + t_x * axis_x[2], axis_x)
@@ -217,12 +258,13 @@ def walked_logits(
                 channels = k + tl.arange(0, BLOCK_K)
                 x = load_samples(source, offs, inside, channels, MODE, OPERAND)
                 w = load_weight_tile(tap, weight, channels[:, None], classes[None, :], OPERAND)
-                z = tl.dot(x, w, z, input_precision=PRECISION)
+                product = tl.dot(x, w, input_precision=PRECISION)
+                z += tl.where(inside[:, None], product, 0.0)
         else:
             for k in range(K):
                 w = load_weight_row(tap, weight, k, classes)
                 x = channel_samples(source, offs, inside, classes, k, K, per_group, MODE, OPERAND)
-                z += per_class(w, MODE) * x
+                z = tl.where(per_cell(inside, MODE), z + per_class(w, MODE) * x, z)
     return tl.where(per_class(classes < C, MODE), z, float("-inf"))
 
 
@@ -231,12 +273,14 @@ def channel_samples(
     source, offs, inside, classes, k, K, per_group, MODE: tl.constexpr, OPERAND: tl.constexpr
 ):
     """Each class's k-th channel: a row [1, BLOCK] where all classes share it."""
-    input_ptr, _num_channels, stride_c, _stride_h, _stride_w = source
+    input_ptr, _num_channels, _stride_n, stride_c, _stride_h, _stride_w = source
     if MODE == "full":
         offs += tl.cast(k, tl.int64) * stride_c
         return tl.load(input_ptr + offs, mask=inside, other=0.0).to(OPERAND)[None, :]
     else:
-        channels = classes // per_group * K + k
+        channels = classes
+        if MODE == "groups":
+            channels = classes // per_group * K + k
         return load_samples(source, offs, inside, channels, MODE, OPERAND)
 
 
@@ -325,9 +369,20 @@ def _slope(
 
 
 @triton.jit
-def _load_upstream(upstream_ptr, offs, here, label, bad):
-    upstream = tl.load(upstream_ptr + offs, mask=here, other=0.0).to(tl.float32)
-    return tl.where(bad, float("nan"), tl.where(label >= 0, upstream, 0.0))
+def _load_pixels(
+    target_ptr, class_weight_ptr, upstream_ptr, n, y, x, here, C, ignore_index,
+    target_strides, upstream_strides, HAS_WEIGHT: tl.constexpr, HAS_UPSTREAM: tl.constexpr,
+):  # fmt: skip
+    """Label, where it is bad, w_y and upstream gradient (w_y again if there is none)."""
+    offs = n * target_strides[0] + y * target_strides[1] + x * target_strides[2]
+    label, bad = load_labels(target_ptr, offs, here, C, ignore_index)
+    own = _own_weight(class_weight_ptr, label, HAS_WEIGHT)
+    upstream = own
+    if HAS_UPSTREAM:
+        offs = n * upstream_strides[0] + y * upstream_strides[1] + x * upstream_strides[2]
+        upstream = tl.load(upstream_ptr + offs, mask=here, other=0.0).to(tl.float32)
+        upstream = tl.where(bad, float("nan"), tl.where(label >= 0, upstream, 0.0))
+    return label, bad, own, upstream
 
 
 @triton.jit
@@ -395,18 +450,17 @@ def _add_input_gradient(
         return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _conv_transpose_cross_entropy_kernel(
     input_ptr, weight_ptr, bias_ptr, target_ptr, class_weight_ptr, upstream_ptr, pixel_loss_ptr,
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, plane_ptr,
     positions, rows, columns, first_row, first_column, items, item_columns,
-    C, K, per_group, num_channels, h, w, H, W, stored_rows, stored_columns,
+    C, K, per_group, num_channels, h, w, H, W,
     stride_y, kernel_y, step_y, hop_y, gcd_y, inverse_y, dilation_y, shift_y,
     stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x,
     stride_input_n, stride_input_c, stride_input_h, stride_input_w,
     stride_target_n, stride_target_h, stride_target_w,
     stride_upstream_n, stride_upstream_h, stride_upstream_w,
-    stride_plane_tap, stride_plane_position, stride_plane_c,
     ignore_index, smoothing,
     LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, HAS_UPSTREAM: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
@@ -421,17 +475,20 @@ def _conv_transpose_cross_entropy_kernel(
     block = tl.program_id(1)
     axis_y = (stride_y, kernel_y, step_y, hop_y, gcd_y, inverse_y, dilation_y, shift_y, h, H)
     axis_x = (stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x, w, W)
-    source = (input_ptr, num_channels, stride_input_c, stride_input_h, stride_input_w)
-    weight = (weight_ptr, bias_ptr, C, K, per_group, stored_rows, stored_columns)
+    source, weight = make_operands(
+        input_ptr, weight_ptr, bias_ptr, C, K, per_group, num_channels, h, w,
+        stride_input_n, stride_input_c, stride_input_h, stride_input_w, MODE, BLOCK_C, BLOCK_K,
+    )  # fmt: skip
+    target_strides = (stride_target_n, stride_target_h, stride_target_w)
+    upstream_strides = (stride_upstream_n, stride_upstream_h, stride_upstream_w)
     TAPS: tl.constexpr = TAPS_Y * TAPS_X
     n, i, j, _, mask = split_cells(tile, positions, rows, columns - 1, BLOCK, 1, WIDE)
     i += first_row
     j += first_column
-    image = n * stride_input_n
 
     if HELD:
-        xs = held_samples(
-            source, image, i, j, axis_y, axis_x, 0, MODE, OPERAND, TAPS_Y, TAPS_X, BLOCK_K
+        xs, masks = held_samples(
+            source, n, i, j, axis_y, axis_x, MODE, OPERAND, TAPS_Y, TAPS_X, BLOCK_K
         )
     shape: tl.constexpr = [BLOCK, BLOCK_I] if MODE == "dot" else [BLOCK_I, BLOCK]
     accs = ()
@@ -448,13 +505,10 @@ def _conv_transpose_cross_entropy_kernel(
             item, item_columns, i, j, axis_y, axis_x, SAMPLES
         )
         here = here & mask
-        offs = n * stride_target_n + y * stride_target_h + x * stride_target_w
-        label, bad = load_labels(target_ptr, offs, here, C, ignore_index)
-        own = _own_weight(class_weight_ptr, label, HAS_WEIGHT)
-        upstream = own
-        if HAS_UPSTREAM:
-            offs = n * stride_upstream_n + y * stride_upstream_h + x * stride_upstream_w
-            upstream = _load_upstream(upstream_ptr, offs, here, label, bad)
+        label, bad, own, upstream = _load_pixels(
+            target_ptr, class_weight_ptr, upstream_ptr, n, y, x, here, C, ignore_index,
+            target_strides, upstream_strides, HAS_WEIGHT, HAS_UPSTREAM,
+        )  # fmt: skip
 
         state = _no_classes(BLOCK)
         if ONE_BLOCK:
@@ -463,11 +517,13 @@ def _conv_transpose_cross_entropy_kernel(
                     weight, phase_y, phase_x, axis_y, axis_x, MODE, OPERAND, TAPS_Y, TAPS_X,
                     BLOCK_K, BLOCK_C,
                 )  # fmt: skip
-                z = held_logits(xs, ws, weight, HAS_BIAS, MODE, PRECISION, TAPS, BLOCK, BLOCK_C)
+                z = held_logits(
+                    xs, masks, ws, weight, HAS_BIAS, MODE, PRECISION, TAPS, BLOCK, BLOCK_C
+                )
             else:
                 ws = ()
                 z = walked_logits(
-                    source, weight, image, cell_y, cell_x, phase_y, phase_x, axis_y, axis_x, 0,
+                    source, weight, n, cell_y, cell_x, phase_y, phase_x, axis_y, axis_x, 0,
                     HAS_BIAS, MODE, OPERAND, PRECISION, BLOCK, BLOCK_C, BLOCK_K,
                 )  # fmt: skip
             classes = tl.arange(0, BLOCK_C)
@@ -477,7 +533,7 @@ def _conv_transpose_cross_entropy_kernel(
         else:
             for c in range(0, C, BLOCK_C):
                 z = walked_logits(
-                    source, weight, image, cell_y, cell_x, phase_y, phase_x, axis_y, axis_x, c,
+                    source, weight, n, cell_y, cell_x, phase_y, phase_x, axis_y, axis_x, c,
                     HAS_BIAS, MODE, OPERAND, PRECISION, BLOCK, BLOCK_C, BLOCK_K,
                 )  # fmt: skip
                 classes = c + tl.arange(0, BLOCK_C)
@@ -502,7 +558,7 @@ def _conv_transpose_cross_entropy_kernel(
                 tl.store(pixel_loss_ptr + flat, pixel_loss, mask=here & (block == 0))
             else:
                 loss += pixel_loss
-                denominator += own
+                denominator += counted_weight(own, label >= 0, HAS_WEIGHT)
             bad_count += tl.where(bad, 1, 0)
             bad_index = tl.minimum(bad_index, tl.where(bad, flat, common.NO_INDEX))
 
@@ -538,7 +594,7 @@ def _conv_transpose_cross_entropy_kernel(
                     last_class = first_class + 1
                 for c in range(first_class, last_class, BLOCK_C):
                     z = walked_logits(
-                        source, weight, image, cell_y, cell_x, phase_y, phase_x, axis_y, axis_x, c,
+                        source, weight, n, cell_y, cell_x, phase_y, phase_x, axis_y, axis_x, c,
                         HAS_BIAS, MODE, OPERAND, PRECISION, BLOCK, BLOCK_C, BLOCK_K,
                     )  # fmt: skip
                     classes = c + tl.arange(0, BLOCK_C)
@@ -570,21 +626,23 @@ def _conv_transpose_cross_entropy_kernel(
     if WITH_GRAD:
         flat = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         channels = block * BLOCK_I + tl.arange(0, BLOCK_I)
-        offs = per_cell(flat * stride_plane_position, MODE)
-        offs += per_class(channels.to(tl.int64) * stride_plane_c, MODE)
+        plane = tl.cast(positions, tl.int64) * num_channels
+        if MODE == "dot":  # [taps, positions, channels], else [taps, channels, positions]
+            offs = (flat * num_channels)[:, None] + channels[None, :]
+        else:
+            offs = (channels.to(tl.int64) * positions)[:, None] + flat[None, :]
         inside = per_cell(mask, MODE) & per_class(channels < num_channels, MODE)
         for a in tl.static_range(TAPS):
-            plane = tl.cast(stride_plane_tap, tl.int64) * a
-            tl.store(plane_ptr + plane + offs, accs[a], mask=inside)
+            tl.store(plane_ptr + plane * a + offs, accs[a], mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _weight_gradient_kernel(
     input_ptr, weight_ptr, bias_ptr, target_ptr, class_weight_ptr, upstream_ptr,
     weight_partial_ptr, bias_partial_ptr,
-    tiles, tiles_per_split, class_blocks,
+    tiles, splits, tiles_per_split, class_blocks,
     positions, rows, columns, first_row, first_column, items, item_columns,
-    C, K, per_group, num_channels, h, w, H, W, stored_rows, stored_columns,
+    C, K, per_group, num_channels, h, w, H, W,
     stride_y, kernel_y, step_y, hop_y, gcd_y, inverse_y, dilation_y, shift_y,
     stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x,
     stride_input_n, stride_input_c, stride_input_h, stride_input_w,
@@ -598,16 +656,22 @@ def _weight_gradient_kernel(
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of eq. 6: program_id(0) the item (a phase, or with SAMPLES a tap), 1 the split,
-    2 the block of classes and channels. WITH_BIAS needs phases: they meet every pixel once."""
-    item = tl.program_id(0)
-    split = tl.program_id(1)
-    class_block = tl.program_id(2) % class_blocks
-    channel_block = tl.program_id(2) // class_blocks
+    """Partial sums of eq. 6, of an item (a phase, or with SAMPLES a tap), a split, a block of
+    classes and one of channels. WITH_BIAS needs phases: they meet every pixel once."""
+    program = tl.program_id(0)
+    item = program % items
+    split = program // items % splits
+    block = program // items // splits
+    class_block = block % class_blocks
+    channel_block = block // class_blocks
     axis_y = (stride_y, kernel_y, step_y, hop_y, gcd_y, inverse_y, dilation_y, shift_y, h, H)
     axis_x = (stride_x, kernel_x, step_x, hop_x, gcd_x, inverse_x, dilation_x, shift_x, w, W)
-    source = (input_ptr, num_channels, stride_input_c, stride_input_h, stride_input_w)
-    weight = (weight_ptr, bias_ptr, C, K, per_group, stored_rows, stored_columns)
+    source, weight = make_operands(
+        input_ptr, weight_ptr, bias_ptr, C, K, per_group, num_channels, h, w,
+        stride_input_n, stride_input_c, stride_input_h, stride_input_w, MODE, BLOCK_C, BLOCK_K,
+    )  # fmt: skip
+    target_strides = (stride_target_n, stride_target_h, stride_target_w)
+    upstream_strides = (stride_upstream_n, stride_upstream_h, stride_upstream_w)
     TAPS: tl.constexpr = TAPS_Y * TAPS_X
     # tiles a tap: one [BLOCK_I, BLOCK_C], or one [BLOCK_C, BLOCK] for each of BLOCK_I channels
     SUMS: tl.constexpr = 1 if MODE == "dot" else BLOCK_I
@@ -634,30 +698,26 @@ def _weight_gradient_kernel(
         n, i, j, _, mask = split_cells(tile, positions, rows, columns - 1, BLOCK, 1, WIDE)
         i += first_row
         j += first_column
-        image = n * stride_input_n
         _item_y, _item_x, cell_y, cell_x, phase_y, phase_x, y, x, here = _pixels(
             item, item_columns, i, j, axis_y, axis_x, SAMPLES
         )
         here = here & mask
-        offs = n * stride_target_n + y * stride_target_h + x * stride_target_w
-        label, bad = load_labels(target_ptr, offs, here, C, ignore_index)
-        own = _own_weight(class_weight_ptr, label, HAS_WEIGHT)
-        upstream = own
-        if HAS_UPSTREAM:
-            offs = n * stride_upstream_n + y * stride_upstream_h + x * stride_upstream_w
-            upstream = _load_upstream(upstream_ptr, offs, here, label, bad)
+        label, _bad, own, upstream = _load_pixels(
+            target_ptr, class_weight_ptr, upstream_ptr, n, y, x, here, C, ignore_index,
+            target_strides, upstream_strides, HAS_WEIGHT, HAS_UPSTREAM,
+        )  # fmt: skip
 
         state = _no_classes(BLOCK)
         if HELD:
-            xs = held_samples(
-                source, image, i, j, axis_y, axis_x, 0, MODE, OPERAND, TAPS_Y, TAPS_X, BLOCK_K
+            xs, masks = held_samples(
+                source, n, i, j, axis_y, axis_x, MODE, OPERAND, TAPS_Y, TAPS_X, BLOCK_K
             )
-            z = held_logits(xs, ws, weight, HAS_BIAS, MODE, PRECISION, TAPS, BLOCK, BLOCK_C)
+            z = held_logits(xs, masks, ws, weight, HAS_BIAS, MODE, PRECISION, TAPS, BLOCK, BLOCK_C)
         else:
             if not ONE_BLOCK:
                 for c in range(0, C, BLOCK_C):
                     z_block = walked_logits(
-                        source, weight, image, cell_y, cell_x, phase_y, phase_x, axis_y, axis_x, c,
+                        source, weight, n, cell_y, cell_x, phase_y, phase_x, axis_y, axis_x, c,
                         HAS_BIAS, MODE, OPERAND, PRECISION, BLOCK, BLOCK_C, BLOCK_K,
                     )  # fmt: skip
                     state = _add_classes(
@@ -665,7 +725,7 @@ def _weight_gradient_kernel(
                         HAS_WEIGHT, HAS_SMOOTHING, MODE,
                     )  # fmt: skip
             z = walked_logits(
-                source, weight, image, cell_y, cell_x, phase_y, phase_x, axis_y, axis_x,
+                source, weight, n, cell_y, cell_x, phase_y, phase_x, axis_y, axis_x,
                 class_block * BLOCK_C, HAS_BIAS, MODE, OPERAND, PRECISION, BLOCK, BLOCK_C, BLOCK_K,
             )  # fmt: skip
         if ONE_BLOCK:
@@ -680,10 +740,15 @@ def _weight_gradient_kernel(
             bias_sum += tl.sum(dz, CELLS)
         if WITH_GRAD:
             dz = _for_tensor_cores(dz, PRECISION)
+            if MODE == "dot":
+                # A pixel's NaN is no part of a tap without sample, but would be as 0 * NaN: it
+                # goes over to the samples.
+                stray = tl.sum(dz * 0.0, 1)
+                dz = tl.where((stray == stray)[:, None], dz, 0.0)
             added = ()
             for a in tl.static_range(TAPS):
                 offs, inside = sample_offsets(
-                    source, image, i - a // TAPS_X, j - a % TAPS_X, axis_y, axis_x
+                    source, n, i - a // TAPS_X, j - a % TAPS_X, axis_y, axis_x
                 )
                 inside = inside & mask
                 if MODE == "dot":
@@ -692,8 +757,9 @@ def _weight_gradient_kernel(
                     else:
                         channels = first_channel + tl.arange(0, BLOCK_I)
                         sample = load_samples(source, offs, inside, channels, MODE, OPERAND)
-                    sample = tl.trans(sample).to(tl.float32)
-                    added = added + (tl.dot(sample, dz, accs[a], input_precision=PRECISION),)
+                    sample = sample.to(tl.float32) + tl.where(inside, stray, 0.0)[:, None]
+                    acc = tl.dot(tl.trans(sample), dz, accs[a], input_precision=PRECISION)
+                    added = added + (acc,)
                 else:
                     for r in tl.static_range(BLOCK_I):
                         if HELD:
@@ -704,7 +770,8 @@ def _weight_gradient_kernel(
                                 source, offs, inside & (k < K), classes, k, K, per_group, MODE,
                                 OPERAND,
                             )  # fmt: skip
-                        added = added + (accs[a * BLOCK_I + r] + sample * dz,)
+                        product = tl.where(per_cell(inside, MODE), sample * dz, 0.0)
+                        added = added + (accs[a * BLOCK_I + r] + product,)
             accs = added
 
     if WITH_GRAD:
@@ -725,12 +792,12 @@ def _weight_gradient_kernel(
                     total = tl.sum(accs[a * BLOCK_I + r], 1)
                     tl.store(weight_partial_ptr + at, total, mask=(classes < C) & (k < K))
     if WITH_BIAS:
-        at = (item.to(tl.int64) * tl.num_programs(1) + split) * C + classes
+        at = (item.to(tl.int64) * splits + split) * C + classes
         inside = (classes < C) & (channel_block == 0)
         tl.store(bias_partial_ptr + at, bias_sum, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _reduce_kernel(
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, partials, target_ptr, record_ptr,
     out_ptr, scale_ptr, H, W, stride_n, stride_h, stride_w,
@@ -747,29 +814,28 @@ def _reduce_kernel(
         for begin in range(0, partials, BLOCK):
             part = tl.load(loss_ptr + begin + offs, mask=begin + offs < partials, other=0.0)
             loss += part.to(tl.float64)
-        scale, poison = _gradient_scale(denominator_ptr, bad_count_ptr, partials, MEAN, BLOCK)
+        scale, poison = reduction_scale(denominator_ptr, bad_count_ptr, partials, MEAN, BLOCK)
         # all ignored: 0 * inf is NaN, as the mean is; the gradient is 0
         tl.store(out_ptr, (tl.sum(loss, 0) * scale + poison).to(tl.float32))
         scale = tl.where(scale == float("inf"), 1.0, scale)
         tl.store(scale_ptr, (scale + poison).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _gather_input_kernel(
-    plane_ptr, scale_ptr, grad_ptr, total, channels, h, w, rows, columns, first_row, first_column,
-    stride_plane_tap, stride_plane_position, stride_plane_c,
-    stride_n, stride_c, stride_h, stride_w,
-    HAS_SCALE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    plane_ptr, scale_ptr, grad_ptr, total, positions, num_channels, h, w, rows, columns,
+    first_row, first_column, stride_n, stride_c, stride_h, stride_w,
+    HAS_SCALE: tl.constexpr, MODE: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of each sample: the sum of what its cells left in the planes, times the scale."""
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     flat = tl.cast(tl.program_id(0), INDEX) * BLOCK + tl.arange(0, BLOCK)
     mask = flat < total
     # neighbours in the planes' memory
-    if stride_plane_c == 1:
-        c = flat % channels
-        flat = flat // channels
+    if MODE == "dot":
+        c = flat % num_channels
+        flat = flat // num_channels
         j = flat % w
         flat = flat // w
         i = flat % h
@@ -779,10 +845,10 @@ def _gather_input_kernel(
         flat = flat // w
         i = flat % h
         flat = flat // h
-        c = flat % channels
-        n = flat // channels
+        c = flat % num_channels
+        n = flat // num_channels
     n = n.to(tl.int64)
-    channel = c.to(tl.int64) * stride_plane_c
+    plane = tl.cast(positions, tl.int64) * num_channels
     value = tl.zeros([BLOCK], tl.float32)
     for a in tl.static_range(TAPS_Y):
         row = i + a - first_row
@@ -790,8 +856,11 @@ def _gather_input_kernel(
             column = j + b - first_column
             inside = mask & (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
             position = (n * rows + row) * columns + column
-            plane = tl.cast(stride_plane_tap, tl.int64) * (a * TAPS_X + b)
-            offs = plane + position * stride_plane_position + channel
+            if MODE == "dot":
+                offs = position * num_channels + c
+            else:
+                offs = c.to(tl.int64) * positions + position
+            offs += plane * (a * TAPS_X + b)
             value += tl.load(plane_ptr + offs, mask=inside, other=0.0)
     if HAS_SCALE:
         value *= tl.load(scale_ptr)
@@ -800,7 +869,7 @@ def _gather_input_kernel(
     tl.store(grad_ptr + offs, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _gather_weight_kernel(
     partial_ptr, scale_ptr, grad_ptr, partials, total, C, K, per_group, kernel_x,
     stride_channel, stride_class, stride_h, stride_w,
@@ -916,9 +985,15 @@ class Problem:
 
     @property
     def gradient_walk(self) -> Walk:
-        """Phases too, where few taps allow that; else samples and, as items, taps."""
+        """Phases too, where few taps allow that, and also the cells that the target does not cover:
+        eager multiplies their values by 0, which shows what is not finite. Else samples and, as
+        items, taps."""
         if self.fast:
-            return self.phases
+            rows, columns = (
+                max(axis.samples + axis.taps - 1, axis.first_cell + axis.cells)
+                for axis in (self.y, self.x)
+            )
+            return replace(self.phases, rows=rows, columns=columns, first_row=0, first_column=0)
         items = self.y.kernel, self.x.kernel
         return Walk(self.y.samples, self.x.samples, 0, 0, items, True, (1, 1))
 
@@ -949,6 +1024,7 @@ class Blocks:
     BLOCK_I: int
     num_warps: int
     num_stages: int = 2
+    maxnreg: int | None = None  # 255: ptxas would rather spill a few than run fewer warps
 
 
 OPERANDS = {
@@ -969,7 +1045,7 @@ def tuned_blocks(
     if groups == 1 and C > 1 and capability >= 80:
         # float32 operands and their parts for TF32 take four times the registers
         wide = dtype == torch.float32
-        widest = 16 if wide and (C > 32 or capability >= 120) else 32
+        widest = 16 if wide and (C > 32 or not 90 <= capability < 120) else 32
         block_c = min(max(16, power(C)), widest)
         block_k = min(max(16, power(channels)), 16 if wide else 32)
         mode = ("dot", OPERANDS[dtype], "tf32x3" if wide else "tf32")
@@ -986,10 +1062,11 @@ def tuned_blocks(
         held = problem.fast and C <= 256
         block_i = 1 if of_weight else block_c
         mode = ("classes", tl.float32, "ieee")
-        return Blocks(*mode, held, block, block_c, block_c, block_i, warps)
+        sizes = (block, block_c, block_c, block_i)
+        return Blocks(*mode, held, *sizes, warps, maxnreg=255)
     block_i = min(2, power(K)) if of_weight else min(max(2, power(channels)), 64)
     mode = ("full" if groups == 1 else "groups", tl.float32, "ieee")
-    return Blocks(*mode, False, block, block_c, 1, block_i, warps)
+    return Blocks(*mode, False, block, block_c, 1, block_i, warps, maxnreg=255)
 
 
 PROGRAMS = 1024  # of the weight's gradient: several for each multiprocessor of a large GPU
@@ -1022,7 +1099,7 @@ class _Call:
     def geometry(self, walk: Walk) -> tuple[int, ...]:
         upstream = (0, 0, 0) if self.upstream is None else self.upstream.stride()
         return (
-            *walk.args(self.input.shape[0]), *self.problem.sizes, *self.weight.shape[2:],
+            *walk.args(self.input.shape[0]), *self.problem.sizes,
             *self.problem.y.args, *self.problem.x.args, *self.input.stride(),
             *self.target.stride(), *upstream,
         )  # fmt: skip
@@ -1065,30 +1142,27 @@ def pack_operands(
 def _launch_loss(
     call: _Call, walk: Walk, loss: str, partials: tuple[Tensor, ...], planes: Tensor | None
 ) -> None:
-    """Per pixel into partials[0] or as partial sums; planes [taps, positions, channels]."""
+    """Per pixel into partials[0] or as partial sums."""
     blocks = call.blocks
     channel_blocks = 1
-    strides = (0, 0, 0)
     if planes is not None:
         channel_blocks = triton.cdiv(call.problem.channels, blocks.BLOCK_I)
-        strides = planes.stride()
     taps = walk.taps if blocks.HELD or planes is not None else (1, 1)
+    # axis 1 holds 65535 blocks, that is a million channels
     _conv_transpose_cross_entropy_kernel[(call.tiles(walk, blocks), channel_blocks)](
         *call.tensors(), *partials, partials[0] if planes is None else planes,
-        *call.geometry(walk), *strides, call.ignore_index, call.label_smoothing,
+        *call.geometry(walk), call.ignore_index, call.label_smoothing,
         LOSS=loss, WITH_GRAD=planes is not None, TAPS_Y=taps[0], TAPS_X=taps[1],
         **call.constexprs(walk, blocks),
     )  # fmt: skip
 
 
 def _make_planes(call: _Call, walk: Walk) -> Tensor:
-    """Neighbours in memory: channels for the tensor cores, else positions."""
-    positions, channels = walk.args(call.input.shape[0])[0], call.problem.channels
-    taps = math.prod(walk.taps)
-    options = {"dtype": torch.float32, "device": call.input.device}
-    if call.blocks.MODE == "dot":
-        return torch.empty((taps, positions, channels), **options)
-    return torch.empty((taps, channels, positions), **options).transpose(1, 2)
+    """For every tap, position and channel. Neighbours in memory: channels for the tensor cores,
+    else positions."""
+    positions = walk.args(call.input.shape[0])[0]
+    size = math.prod(walk.taps) * positions * call.problem.channels
+    return torch.empty(size, dtype=torch.float32, device=call.input.device)
 
 
 def _gather_input(
@@ -1097,10 +1171,10 @@ def _gather_input(
     channels, h, w = gradient.shape[1:]
     total, block = gradient.numel(), 512
     _gather_input_kernel[(triton.cdiv(total, block),)](
-        planes, planes if scale is None else scale, gradient, total, channels, h, w,
-        walk.rows, walk.columns, walk.first_row, walk.first_column, *planes.stride(),
-        *gradient.stride(), HAS_SCALE=scale is not None, TAPS_Y=walk.taps[0], TAPS_X=walk.taps[1],
-        WIDE=total + block >= 2**31, BLOCK=block,
+        planes, planes if scale is None else scale, gradient, total,
+        walk.args(gradient.shape[0])[0], channels, h, w, walk.rows, walk.columns, walk.first_row,
+        walk.first_column, *gradient.stride(), HAS_SCALE=scale is not None, MODE=call.blocks.MODE,
+        TAPS_Y=walk.taps[0], TAPS_X=walk.taps[1], WIDE=total + block >= 2**31, BLOCK=block,
     )  # fmt: skip
 
 
@@ -1124,9 +1198,9 @@ def _sum_weight(
     bias = torch.empty((items * splits, problem.classes), **float32) if with_bias else None
     taps = walk.taps if blocks.HELD or with_weight else (1, 1)
     unused = call.input
-    _weight_gradient_kernel[(items, splits, class_blocks * channel_blocks)](
+    _weight_gradient_kernel[(items * splits * class_blocks * channel_blocks,)](
         *call.tensors(), unused if weight is None else weight, unused if bias is None else bias,
-        tiles, per_split, class_blocks, *call.geometry(walk), call.ignore_index,
+        tiles, splits, per_split, class_blocks, *call.geometry(walk), call.ignore_index,
         call.label_smoothing, WITH_GRAD=with_weight, WITH_BIAS=with_bias, TAPS_Y=taps[0],
         TAPS_X=taps[1], **call.constexprs(walk, blocks),
     )  # fmt: skip
@@ -1225,16 +1299,15 @@ def conv_transpose_cross_entropy_forward(
         input, weight, target, bias, class_weight, None, stride, padding, groups, dilation, crop,
         ignore_index, label_smoothing,
     )  # fmt: skip
-    walk = call.problem.phases
+    with_planes = gradients[0] is not None and call.problem.fast
+    walk = call.problem.gradient_walk if with_planes else call.problem.phases
     tiles = call.tiles(walk, call.blocks)
-    loss, denominator = torch.empty(2, tiles, **float32)
+    loss, denominator = torch.empty(tiles, **float32), torch.empty(tiles, **float32)
     bad_count = torch.empty(tiles, dtype=torch.int32, device=input.device)
     bad_index = torch.empty(tiles, dtype=torch.int64, device=input.device)
     pixel_loss = torch.empty(target.shape, **float32) if none else loss
     with common.device_of(input):
-        planes = None
-        if gradients[0] is not None and call.problem.fast:
-            planes = _make_planes(call, walk)
+        planes = _make_planes(call, walk) if with_planes else None
         _launch_loss(
             call, walk, "pixel" if none else "sum",
             (pixel_loss, loss, denominator, bad_count, bad_index), planes,

@@ -103,7 +103,7 @@ def _upsample_confusion_matrix_kernel(
     tl.store(bad_index_ptr + program, tl.min(bad_index, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=common.RUNTIME)
 def _gather_kernel(
     copies_ptr, matrix_ptr, copies, C, stride_matrix_0, stride_matrix_1,
     bad_count_ptr, bad_index_ptr, partials, target_ptr, record_ptr, invalid_ptr, H, W,
@@ -149,7 +149,8 @@ def upsample_confusion_matrix_forward_(
     cells = N * (h + 1) * (w + 1)
     tiles = triton.cdiv(cells, lanes.cells)
     programs = min(tiles, PROGRAMS)
-    bad_count, bad_index = torch.empty(2, programs, dtype=torch.int64, device=logits.device)
+    int64 = {"dtype": torch.int64, "device": logits.device}
+    bad_count, bad_index = torch.empty(programs, **int64), torch.empty(programs, **int64)
     size = bins(C)
     copies = matrix
     num_copies = max(1, min(COPIES, COPIED_BINS // (C * C)))

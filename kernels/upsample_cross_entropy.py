@@ -64,6 +64,8 @@ from fcnseg.kernels.common import (
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 SPREAD = tl.constexpr(32.0)  # natural units: e^32 = 2^46; float32 holds 2^-126
+TRACE = tl.constexpr(2.0**-126)  # the smallest normal float32
+MOST_PIXELS = tl.constexpr(2.0**40)
 CONTIGUOUS = ["stride_c", "stride_w"]  # where a 1 helps the gathering kernel
 
 
@@ -387,7 +389,7 @@ def _upsample_cross_entropy_kernel(
                         store_pixels(pixel_loss_ptr, offs, pixel_loss, here)
                 else:
                     loss += tl.sum(pixel_loss, 0)
-                    denominator += tl.sum(own, 0)
+                    denominator += tl.sum(counted_weight(own, valid, HAS_WEIGHT), 0)
 
                 if WITH_GRAD:
                     for c in range(C):
@@ -537,7 +539,7 @@ def _upsample_cross_entropy_kernel(
                     elif not (PER_PIXEL and WITH_GRAD):
                         log_total = factor * tl.log2(total)
                     if not PER_PIXEL:
-                        denominator += tl.sum(own, 0)
+                        denominator += tl.sum(counted_weight(own, valid, HAS_WEIGHT), 0)
                     if not WITH_GRAD:
                         weight_y = (group_wy + r * dy)[None, :]
                         z = _load_labelled(
@@ -678,10 +680,20 @@ def _upsample_cross_entropy_kernel(
 
 
 @triton.jit
-def _gradient_scale(
+def counted_weight(own, valid, HAS_WEIGHT: tl.constexpr):
+    """What pixels add to the denominator. A trace of each valid one: pixels that weigh nothing are
+    told from pixels that are all ignored, and no other weight changes."""
+    if HAS_WEIGHT:
+        own += tl.where(valid, TRACE, 0.0)
+    return own
+
+
+@triton.jit
+def reduction_scale(
     denominator_ptr, bad_count_ptr, partials, MEAN: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """1 or 1 / denominator (float64), and NaN or 0 for a bad label; the same in every program."""
+    """1 or 1 / denominator (float64), inf if all are ignored, NaN if none weighs anything (0 / 0);
+    and NaN or 0 for a bad label. The same in every program."""
     offs = tl.arange(0, BLOCK)
     denominator = tl.zeros([BLOCK], tl.float64)
     bad = tl.zeros([BLOCK], tl.int32)
@@ -693,7 +705,9 @@ def _gradient_scale(
         bad |= tl.load(bad_count_ptr + begin + offs, mask=mask, other=0)
     scale = tl.cast(1.0, tl.float64)
     if MEAN:
-        scale = 1.0 / tl.sum(denominator, 0)  # all ignored: inf
+        total = tl.sum(denominator, 0)
+        traces = (total > 0) & (total < TRACE * MOST_PIXELS)
+        scale = tl.where(traces, float("nan"), 1.0 / total)
     return scale, tl.where(tl.max(bad, 0) != 0, float("nan"), 0.0)
 
 
@@ -718,7 +732,10 @@ def _from_first_row(
     return value + _from_border(border_ptr, row, 0, j, c, mask, band_rows, C, w, CELLS)
 
 
-@triton.jit(do_not_specialize=[name for name in common.RUNTIME if name not in CONTIGUOUS])
+@triton.jit(
+    do_not_specialize=[name for name in common.RUNTIME if name not in CONTIGUOUS],
+    do_not_specialize_on_alignment=CONTIGUOUS,
+)
 def _finish_kernel(
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, partials, result_ptr,
     target_ptr, record_ptr, grad_ptr, top_ptr, border_ptr, out_ptr,
@@ -731,7 +748,7 @@ def _finish_kernel(
     program = tl.program_id(0)
     gradient_scale = 1.0
     if SCALAR:
-        scale, poison = _gradient_scale(denominator_ptr, bad_count_ptr, partials, MEAN, PARTIALS)
+        scale, poison = reduction_scale(denominator_ptr, bad_count_ptr, partials, MEAN, PARTIALS)
         if program == 0:
             offs = tl.arange(0, PARTIALS)
             loss = tl.zeros([PARTIALS], tl.float64)
@@ -799,11 +816,13 @@ def tuned_lanes(
 
     ``options``: HAS_WEIGHT, HAS_SMOOTHING, WITH_GRAD, PER_PIXEL as the kernel's. All but a scalar
     loss of equal weights with its gradient take a logarithm or a load per pixel, and 16-bit labels
-    twice the words: 8 x 8 pixels would spill. So would 8 rows before Ampere, or with all options.
+    twice the words: 8 x 8 pixels would spill. So would 8 rows before Ampere, except on Turing where
+    no cell is larger, or with all options.
     """
     scalar = options["WITH_GRAD"] and not options["PER_PIXEL"]
     equal = not (options["HAS_WEIGHT"] or options["HAS_SMOOTHING"])
-    if scalar and equal and num_classes <= 255 and capability >= 75:
+    large = capability >= 80 or (capability >= 75 and max(geo.cell_h, geo.cell_w) <= 8)
+    if scalar and equal and num_classes <= 255 and large:
         return common.choose_lanes(geo, rows=8, columns=8)
     few = capability < 80 or (options["HAS_WEIGHT"] and options["HAS_SMOOTHING"])
     return common.choose_lanes(geo, rows=4 if few else 8, columns=4)

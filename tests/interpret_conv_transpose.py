@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import torch
 import triton.language as tl
 from conftest import TOLERANCE
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from fcnseg import reference
 from fcnseg.kernels import common
@@ -325,6 +327,31 @@ def test_all_ignored_and_empty_batch(mode: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["full, k = 2 s", "full, k = 3, s = 2", "grouped, k = 2 s"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mean_of_pixels_that_weigh_nothing(name: str, smoothing: float) -> None:
+    (input, weight, bias), target, geometry = GEOMETRIES[name]
+    target = target.clamp(max=0)
+    target[0, 1, 1] = 255
+    class_weight = torch.ones_like(bias)
+    class_weight[0] = 0
+    options = (*geometry, 255, "mean", smoothing, ALL)
+    args = (input, weight, target, bias, class_weight, *options)
+    results = conv_transpose_cross_entropy_forward(*args, make_record())
+    for result in (*results, *reference.conv_transpose_cross_entropy(*args)):
+        assert result.isnan().all()
+    target[0, 0, 0] = 1  # one pixel is enough, if it weighs hardly anything
+    case = ([input, weight, bias], target, geometry)
+    check(case, class_weight=class_weight * 2.0**-60, smoothing=smoothing)
+    loss, *gradients = conv_transpose_cross_entropy_forward(
+        input, weight, torch.full_like(target, 255), bias, torch.zeros_like(bias), *options,
+        make_record(),
+    )  # fmt: skip
+    assert loss.isnan()
+    for gradient in gradients:
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("name", ["full, k = 2 s", "full, k = 3, s = 2", "grouped, k = 2 s"])
 def test_bad_label_of_a_scalar_loss(name: str) -> None:
     (input, weight, bias), target, geometry = GEOMETRIES[name]
     target = target.clone()
@@ -365,6 +392,33 @@ def test_bad_label_of_pixel_losses(name: str) -> None:
     assert record.tolist() == [1, 99, 0, 2, 1]  # counted once
 
 
+def products_by_tap(
+    input: Tensor, weight: Tensor, bias: Tensor, target: Tensor, geometry: tuple[Any, ...]
+) -> list[Tensor]:
+    """The summed loss and its gradients: autograd through one matrix product a tap, of no other
+    samples than those that the tap takes to a pixel."""
+    *axes, groups, dilation, crop = geometry
+    stride, padding, _ = axes
+    leaves = [tensor.double().requires_grad_() for tensor in (input, weight, bias)]
+    samples, taps = leaves[0].unflatten(1, (groups, -1)), leaves[1].unflatten(0, (groups, -1))
+    full = reference._full_size(input, weight, *axes, dilation)
+    z = leaves[2][:, None].expand(len(input), -1, math.prod(full))
+    for tap in itertools.product(*map(range, weight.shape[2:])):
+        at = [  # the pixel of each sample
+            torch.arange(input.shape[2 + a]) * stride[a] + dilation[a] * tap[a] - padding[a]
+            for a in range(2)
+        ]
+        rows, columns = ((at[a] >= 0) & (at[a] < full[a]) for a in range(2))
+        x = samples[..., rows, :][..., columns]
+        product = torch.einsum("ngkij,gkc->ngcij", x, taps[..., *tap]).flatten(1, 2).flatten(2)
+        pixels = (at[0][rows, None] * full[1] + at[1][columns]).flatten()
+        z = z.index_add(2, pixels, product)
+    z = z.unflatten(2, full)[..., crop[0] :, crop[1] :]
+    z = z[..., : target.shape[1], : target.shape[2]]
+    loss = cross_entropy(z, target, ignore_index=255, reduction="sum")
+    return [loss, *torch.autograd.grad(loss, leaves)]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("mode", MODES)
 def test_not_finite_input(mode: str, value: float, capability: int) -> None:
@@ -379,6 +433,47 @@ def test_not_finite_input(mode: str, value: float, capability: int) -> None:
         assert not (theirs.isnan() & ~ours.isnan()).any()
     args = (input, weight, bias, target.shape[1:], *geometry, torch.int64)
     assert torch.equal(conv_transpose_argmax_forward(*args), reference.conv_transpose_argmax(*args))
+
+
+CROPPED: dict[str, Case] = {
+    "full": make_case((1, 3, 3, 4), (3, 4, 4, 4), (2, 3), stride=2, padding=1, crop=(2, 3)),
+    "grouped": make_case(
+        (1, 4, 3, 4), (4, 1, 4, 4), (2, 3), stride=2, padding=1, crop=(2, 3), groups=4
+    ),
+    "between": make_case((1, 4, 3, 3), (4, 2, 3, 2), (3, 2), stride=2, crop=(2, 2), groups=2),
+    "generic": make_case((1, 3, 3, 3), (3, 4, 3, 3), (3, 2), stride=2, padding=1, crop=(1, 2)),
+}
+
+
+@pytest.mark.parametrize("place", ["input", "weight", "last weight"])
+@pytest.mark.parametrize("name", [*MODES, *(f"cropped {name}" for name in CROPPED)])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_borders_that_are_not_finite(name: str, place: str, value: float, capability: int) -> None:
+    cases = MODES | {f"cropped {name}": case for name, case in CROPPED.items()}
+    (input, weight, bias), target, geometry = cases[name]
+    if capability < 80 and geometry[3] > 1:
+        pytest.skip("the same path on every device")
+    input, weight = input.clone(), weight.clone()
+    if place == "input":
+        input[0, 1, 0, 0] = value
+    else:
+        weight[1, 0, 0, 0 if place == "weight" else -1] = value
+    operands = (input, weight, target, bias, None, *geometry)
+    loss, *_ = conv_transpose_cross_entropy_forward(*operands, 255, "none", 0.0, ALL, make_record())
+    expected, *_ = reference.conv_transpose_cross_entropy(*operands, 255, "none", 0.0, ALL)
+    assert torch.equal(loss.isnan(), expected.isnan())
+    assert torch.equal(loss.isinf(), expected.isinf())
+    args = (input, weight, bias, target.shape[1:], *geometry, torch.int64)
+    assert torch.equal(conv_transpose_argmax_forward(*args), reference.conv_transpose_argmax(*args))
+    # Where gradients are NaN depends on aten's algorithm: in float64 it multiplies by 0 also where
+    # a tap reaches beyond the output. Ours lie between the plain products and those.
+    results = conv_transpose_cross_entropy_forward(*operands, 255, "sum", 0.0, ALL, make_record())
+    least = products_by_tap(input, weight, bias, target, geometry)
+    wide = (input.double(), weight.double(), target, bias.double(), None)
+    most = reference.conv_transpose_cross_entropy(*wide, *geometry, 255, "sum", 0.0, ALL)
+    for ours, few, many in zip(results, least, most, strict=True):
+        assert not (few.isnan() & ~ours.isnan()).any()
+        assert not (ours.isnan() & ~many.isnan()).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])

@@ -304,6 +304,29 @@ def test_all_ignored_and_empty_batch() -> None:
     assert upsample_argmax_forward(logits[:0], (8, 8), *PLAIN, torch.uint8).shape == (0, 8, 8)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("spread", [2.0, 100.0])
+def test_mean_of_pixels_that_weigh_nothing(spread: float, smoothing: float) -> None:
+    logits, target = make_case(1, 3, 3, 3, 12, 12, spread=spread)
+    target.clamp_(max=1)
+    target[0, 7, 3] = 255
+    args = (255, "mean", smoothing, *PLAIN, True)
+    for weight in (torch.tensor([0.0, 0.0, 1.0]), torch.zeros(3)):
+        loss, gradient = upsample_cross_entropy_forward(
+            logits, target, weight, *args, make_record()
+        )
+        expected = reference.upsample_cross_entropy(logits, target, weight, *args)
+        for result in (loss, gradient, *expected):
+            assert result.isnan().all()
+    target[0, 1, 1] = 2  # one pixel is enough, if it weighs hardly anything
+    check_loss(logits, target, torch.tensor([0.0, 0.0, 2.0**-60]), "mean", smoothing)
+    loss, gradient = upsample_cross_entropy_forward(
+        logits, torch.full_like(target, 255), torch.zeros(3), *args, make_record()
+    )
+    assert loss.isnan()
+    assert not gradient.any()
+
+
 def test_bad_label_of_a_scalar_loss() -> None:
     logits, target = make_case(2, 3, 2, 2, 8, 8)
     target[1, 2, 5] = 2**32 + 1

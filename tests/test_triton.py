@@ -5,11 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+
+from fcnseg.kernels import common
+from fcnseg.kernels.conv_transpose_argmax import conv_transpose_argmax_forward
+from fcnseg.kernels.conv_transpose_cross_entropy import (
+    conv_transpose_cross_entropy_backward,
+    conv_transpose_cross_entropy_forward,
+)
+from fcnseg.kernels.upsample_argmax import upsample_argmax_forward
+from fcnseg.kernels.upsample_confusion_matrix import upsample_confusion_matrix_forward_
+from fcnseg.kernels.upsample_cross_entropy import (
+    upsample_cross_entropy_backward,
+    upsample_cross_entropy_forward,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +47,10 @@ def test_values_in_the_interpreter() -> None:
         TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # fmt: skip
 
 
-CONV_TRANSPOSE_QUICK = "geometry or bad_label or not_finite or ties or only_wanted or dtypes"
+CONV_TRANSPOSE_QUICK = (
+    "geometry or bad_label or not_finite or ties or only_wanted or dtypes or weigh_nothing "
+    "or (borders and inf-full)"
+)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +70,125 @@ def test_transposed_convolution_compiles_for_every_architecture(
     selected: str, tmp_path: Path
 ) -> None:
     run("-m", "tests.compile_kernels", selected, TRITON_CACHE_DIR=str(tmp_path), CONV="1")
+
+
+def launched_grids(
+    monkeypatch: pytest.MonkeyPatch, launcher: Callable[..., Any], *args: Any
+) -> list[Any]:
+    """The grids that ``launcher`` asks for; nothing runs."""
+    grids: list[Any] = []
+
+    class Recorder:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **options: None
+
+    with monkeypatch.context() as patch:
+        module = sys.modules[launcher.__module__]
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            patch.setattr(module, name, Recorder())
+        launcher(*args)
+    return grids
+
+
+CONV_SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...], int, int]] = {
+    "many channels and classes": ((1, 4096, 33, 33), (4096, 4096, 4, 4), 2, 1),
+    "many groups": ((2, 4096, 65, 65), (4096, 1, 64, 64), 32, 4096),
+    "few groups": ((1, 4096, 9, 9), (4096, 2048, 3, 3), 2, 2),
+    "many images": ((70_000, 19, 4, 4), (19, 19, 4, 4), 2, 1),
+    "many rows": ((1, 19, 300_000, 2), (19, 19, 4, 4), 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", CONV_SIZES)
+@pytest.mark.parametrize("capability", [70, 90])
+def test_grids_of_the_transposed_convolution(
+    name: str, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "capability", lambda device: capability)
+    shape, kernel, stride, groups = CONV_SIZES[name]
+    size = [samples * stride for samples in shape[2:]]
+    with torch.device("meta"):
+        input, weight = torch.empty(shape), torch.empty(kernel)
+        bias, record = torch.empty(kernel[1] * groups), torch.empty(5, dtype=torch.int64)
+        target = torch.empty(shape[0], *size, dtype=torch.uint8)
+    padding = ((kernel[2] - stride) // 2,) * 2
+    geometry = ((stride,) * 2, padding, (stride - 1,) * 2, groups, (1, 1), (0, 0))
+    operands, wanted = (input, weight, target, bias, None, *geometry), (True, True, True)
+    grids = []
+    for launcher, *args in (
+        (conv_transpose_cross_entropy_forward, *operands, 255, "mean", 0.0, wanted, record),
+        (conv_transpose_cross_entropy_backward, target, *operands, 255, 0.0, wanted),
+        (conv_transpose_argmax_forward, input, weight, bias, size, *geometry, torch.uint8),
+    ):
+        grids += launched_grids(monkeypatch, launcher, *args)
+    assert len(grids) >= 10
+    for first, *others in grids:
+        assert 0 < first < 2**31, grids
+        assert all(0 < other < 2**16 for other in others), grids
+
+
+@pytest.mark.parametrize("shape", [(70_000, 19, 4, 4), (1, 19, 300_000, 2), (1, 70_000, 9, 9)])
+def test_grids_of_the_upsampling(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    N, C, h, w = shape
+    size = (8 * h, 8 * w)
+    with torch.device("meta"):
+        logits, record = torch.empty(shape), torch.empty(5, dtype=torch.int64)
+        target = torch.empty(N, *size, dtype=torch.uint8)
+        matrix = torch.empty(C, C, dtype=torch.int64)
+    plain = (False, None, None)
+    grids = []
+    for launcher, *args in (
+        (upsample_cross_entropy_forward, logits, target, None, 255, "mean", 0.0, *plain, True,
+         record),
+        (upsample_cross_entropy_backward, target, logits, target, None, 255, 0.0, *plain, record),
+        (upsample_argmax_forward, logits, size, *plain, torch.int64),
+        (upsample_confusion_matrix_forward_, matrix, logits, target, 255, *plain, record, None),
+    ):  # fmt: skip
+        grids += launched_grids(monkeypatch, launcher, *args)
+    assert len(grids) == 7
+    assert all(len(grid) == 1 and 0 < grid[0] < 2**31 for grid in grids), grids
+
+
+def same_kernels_at_other_sizes() -> None:
+    """For `test_other_sizes_do_not_compile_anew`, in a process of its own."""
+    from triton.runtime import driver
+
+    from tests import compile_kernels
+
+    driver.set_active(compile_kernels.FakeDriver(90))
+
+    def compiled(N: int, h: int, w: int) -> list[Any]:
+        size = (8 * h, 8 * w)
+        with torch.device("meta"):
+            logits, target = torch.empty(N, 19, h, w), torch.empty(N, *size, dtype=torch.int64)
+            weight, record = torch.empty(19, 1, 16, 16), torch.empty(5, dtype=torch.int64)
+            matrix = torch.empty(19, 19, dtype=torch.int64)
+            full = torch.empty(19, 19, 16, 16, dtype=torch.float16)
+        plain, geometry = (False, None, None), ((8, 8), (4, 4), (0, 0))
+        loss = (target, None, None, *geometry, 19, (1, 1), (0, 0), 255, "mean", 0.0)
+        kernels = []
+        for launcher, *args in (
+            (conv_transpose_cross_entropy_forward, logits, weight, *loss, (True,) * 3, record),
+            (conv_transpose_argmax_forward, logits.half(), full, None, size, *geometry, 1, (1, 1),
+             (0, 0), torch.int64),
+            (upsample_cross_entropy_forward, logits, target, None, 255, "mean", 0.0, *plain, True,
+             record),
+            (upsample_confusion_matrix_forward_, matrix, logits, target, 255, *plain, record, None),
+        ):  # fmt: skip
+            kernels += compile_kernels.recorded(90, launcher, *args)
+        return [compile_kernels.compile_one(*launch) for launch in kernels]
+
+    first = compiled(2, 64, 128)
+    assert len(first) >= 10
+    for sizes in ((3, 61, 127), (16, 60, 121), (1, 67, 144)):
+        for kernel, other in zip(first, compiled(*sizes), strict=True):
+            assert kernel is other, (sizes, kernel.metadata.name)
+
+
+def test_other_sizes_do_not_compile_anew(tmp_path: Path) -> None:
+    run("-c", "from tests import test_triton; test_triton.same_kernels_at_other_sizes()",
+        TRITON_CACHE_DIR=str(tmp_path))  # fmt: skip
 
 
 def test_import_does_not_load_triton() -> None:
