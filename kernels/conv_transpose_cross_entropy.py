@@ -1052,7 +1052,8 @@ def tuned_blocks(
         block = 64
         held = problem.fast and max(C, channels) <= 32 and not wide
         if of_weight:
-            block = 16 if wide else 32
+            # half a block of the loss's kernel fills the same rows of the packed weight
+            block, block_c = (16, 16) if wide else (32, block_c)
             held = False
         return Blocks(*mode, held, block, block_c, block_k, block_k, block // 16)
     block_c = max(2, power(C)) if C <= 256 else 64
