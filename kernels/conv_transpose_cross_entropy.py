@@ -1055,7 +1055,7 @@ def tuned_blocks(
             # half a block of the loss's kernel fills the same rows of the packed weight
             block, block_c = (16, 16) if wide else (32, block_c)
             held = False
-        return Blocks(*mode, held, block, block_c, block_k, block_k, block // 16)
+        return Blocks(*mode, held, block, block_c, block_k, block_k, block // 16, maxnreg=255)
     block_c = max(2, power(C)) if C <= 256 else 64
     block = max(2, 256 // block_c) if C <= 256 else 2  # 8 elements of a tile a thread
     warps = max(1, block_c // 128)
