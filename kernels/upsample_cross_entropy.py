@@ -480,6 +480,9 @@ def _upsample_cross_entropy_kernel(
                                     offs = (n * stride_loss_n + y * stride_loss_h)[None, :]
                                     offs += x * stride_loss_w
                                     store_pixels(pixel_loss_ptr, offs, loss_here, unlabelled)
+                        if HAS_WEIGHT and not PER_PIXEL:  # some label: see counted_weight
+                            labelled = tl.max((word != -1).to(tl.int32), 0) > 0
+                            denominator += tl.where(labelled, TRACE, 0.0)
                         words = words + (word,)
 
                 # pass 1 (eq. 2)
@@ -539,7 +542,7 @@ def _upsample_cross_entropy_kernel(
                     elif not (PER_PIXEL and WITH_GRAD):
                         log_total = factor * tl.log2(total)
                     if not PER_PIXEL:
-                        denominator += tl.sum(counted_weight(own, valid, HAS_WEIGHT), 0)
+                        denominator += tl.sum(own, 0)
                     if not WITH_GRAD:
                         weight_y = (group_wy + r * dy)[None, :]
                         z = _load_labelled(
