@@ -1050,12 +1050,15 @@ def tuned_blocks(
         block_k = min(max(16, power(channels)), 16 if wide else 32)
         mode = ("dot", OPERANDS[dtype], "tf32x3" if wide else "tf32")
         block = 64
-        held = problem.fast and max(C, channels) <= 32 and not wide
+        # Blackwell: what is held leaves no registers for loads ahead, and too few on sm_120
+        held = problem.fast and max(C, channels) <= 32 and not wide and capability < 120
         if of_weight:
             # half a block of the loss's kernel fills the same rows of the packed weight
             block, block_c = (16, 16) if wide else (32, block_c)
             held = False
-        return Blocks(*mode, held, block, block_c, block_k, block_k, block // 16, maxnreg=255)
+        stages = 1 if held and capability >= 100 else 2
+        sizes = (block, block_c, block_k, block_k)
+        return Blocks(*mode, held, *sizes, block // 16, stages, maxnreg=255)
     block_c = max(2, power(C)) if C <= 256 else 64
     block = max(2, 256 // block_c) if C <= 256 else 2  # 8 elements of a tile a thread
     warps = max(1, block_c // 128)
