@@ -145,6 +145,29 @@ def test_logits_far_from_zero(offset, class_weight):
         check(tensors, target, geometry, ignore_index=255, class_weight=weight, reduction=reduction)
 
 
+@pytest.mark.parametrize("class_weight", [1e-30, 1e-8, 1e-2])
+def test_small_class_weights_of_large_logits(class_weight):
+    """What they are divided by, sums of powers, does not make them denormal."""
+    tensors = [0.01 * normal((1, 2, 4, 9)), normal((2, 1, 4, 4), seed=1), torch.full((2,), 84.0)]
+    geometry = {"stride": 2, "padding": 1, "groups": 2}
+    target = labels((1, 8, 18), 2)
+    class_weight = torch.full((2,), class_weight)
+
+    def fused(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return fcnseg.conv_transpose_cross_entropy(
+            input, weight, target, bias, class_weight=class_weight, **geometry
+        )
+
+    def eager(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        z = F.conv_transpose2d(input, weight, bias, **geometry)
+        return F.cross_entropy(z, target, class_weight.to(z.dtype))
+
+    exact = evaluate(eager, [tensor.double() for tensor in tensors])
+    for found, expected in zip(evaluate(fused, tensors), exact, strict=True):
+        # float32 logits of 84 are right to 4e-6
+        assert relative_error(found, expected) <= 1e-5
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 1000.0, 1e6, 1e18])
 def test_large_logits(scale, reduction):

@@ -333,7 +333,9 @@ struct Plan {
       }
     });
     for (int64_t c = 0; loss->class_weight != nullptr && c < C; ++c) {
-      most = std::max(most, std::abs(loss->class_weight[c]));
+      // eq. 6 divides it by a sum of C powers; neither overflow nor a denormal
+      const double weight = std::abs(loss->class_weight[c]);
+      if (weight > 0) most = std::max({most, weight, C / weight});
     }
     return greatest * kLog2E + std::log2(most) <= kPowersRange;
   }
@@ -492,7 +494,7 @@ class Worker {
         x_transposed_(transposed_ ? plan.slots * plan.C_in * plan.pitch : 0),
         gradient_(plan.to_input ? plan.slots * plan.C_in * plan.pitch : 0),
         zero_(plan.pitch),
-        unused_(plan.pitch),
+        unused_(plan.pitch + 1),  // a pair of columns adds to the next one too
         lane_sums_(plan.depthwise && plan.to_weight ? pass.size * plan.kernel.lanes : 0),
         lane_bias_(plan.depthwise && plan.to_bias ? plan.C * plan.kernel.lanes : 0),
         row_labels_(plan.p.W),

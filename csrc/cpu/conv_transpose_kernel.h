@@ -476,7 +476,7 @@ inline void depthwise_backward_four(const Depthwise& g, int first) {
   for (int64_t c = 0; c < g.C; ++c) {
     const float* d = g.z + c * g.stride;
     const float* w = g.weight + (c * g.taps + first) * P;
-    float* const to_weight = g.to_weight + (c * g.taps + first) * P * kLanes;
+    float* const to_weight = kToWeight ? g.to_weight + (c * g.taps + first) * P * kLanes : nullptr;
     const float* x[4];
     float* to[2];
     Float sums[P][4], carry[2], bias = splat(0.f);
