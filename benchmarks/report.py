@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -205,7 +206,9 @@ def draw(content: dict[str, Any]) -> Any:
     left.set_yticks(list(places), [name for name, _ in rows], fontsize=7)
     left.invert_yaxis()
     for shift, name in ((-0.2, "eager"), (0.2, "fused")):
-        memory = [max(row.get("memory", {}).get(name, 0), 0.01) for _, row in rows]
+        # a logarithmic axis has no 0; no bar where nothing was measured
+        found = [row.get("memory", {}).get(name, math.nan) for _, row in rows]
+        memory = [value if math.isnan(value) else max(value, 0.01) for value in found]
         bars(right, shift, memory, name)
     right.set_xlabel("peak memory that a call adds, MB")
     for panel in (left, right):

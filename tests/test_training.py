@@ -744,6 +744,7 @@ def test_tf32_is_set_for_the_run_and_as_it_was_afterwards(
     def new() -> tuple[str, ...]:
         return backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
 
+    backends.cudnn.allow_tf32 = True  # the default, whatever ran before
     try:
         if before == "global":
             backends.cuda.matmul.fp32_precision = "none"  # inherits it
