@@ -59,12 +59,8 @@ from torch import Tensor
 
 from fcnseg.kernels import common
 from fcnseg.kernels.common import add_to_record, load_labels, split_cells
-from fcnseg.kernels.upsample_cross_entropy import (
-    LN2,
-    LOG2E,
-    counted_weight,
-    reduction_scale,
-)
+from fcnseg.kernels.reduction import counted_weight, reduction_scale
+from fcnseg.kernels.upsample_cross_entropy_cells import LN2, LOG2E
 
 #: As common.RUNTIME: no size compiles anew, but the geometry does, which belongs to the model.
 RUNTIME = [
