@@ -27,6 +27,12 @@ class ConfusionMatrix(nn.Module):
         invalid: int64 scalar, the CUDA pixels left out because a label was outside [0, C) (on the
             CPU ``update`` raises instead).
 
+    Note:
+        Both tensors belong to one CUDA stream at a time, like any tensor that PyTorch changes in
+        place: before another stream updates, reads, merges or resets them it must wait for the last
+        (``stream.wait_stream(other)``). To count on several streams at once, give each a metric of
+        its own and add them up by :meth:`merge_state`.
+
     Examples:
         >>> import torch, fcnseg
         >>> metric = fcnseg.ConfusionMatrix(2, ignore_index=255)

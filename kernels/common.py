@@ -15,8 +15,10 @@
    so that a sum over the columns of a cell needs no exchange. Larger cells loop. Where columns are
    summed, pixels are loaded and stored flat, [COLUMNS BLOCK]: else 3.6 deals columns to lanes.
 5. A label is bad outside [0, C) and different from ignore_index. Each program writes how many it
-   met and the lowest flat index; a program of the gathering kernel adds them up: no atomics, the
-   same answer every time.
+   met and the lowest flat index; a program of the gathering kernel adds them up, in the same order
+   every time, and puts the sum where all launches of the device keep theirs. Launches on several
+   streams may do that at the same moment, so it takes one integer atomic, and only where a label is
+   bad.
 
 Source: ATen/native/UpSample.h (area_pixel_compute_source_index).
 """
@@ -167,7 +169,12 @@ def add_to_record(
     count_ptr, index_ptr, partials, target_ptr, record_ptr, invalid_ptr, H, W,
     stride_n, stride_h, stride_w, HAS_INVALID: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The programs' bad labels, into the record [count, value, n, y, x] or ``invalid`` (eq. 5)."""
+    """The programs' bad labels, into the record [count, value, n, y, x] or ``invalid`` (eq. 5).
+
+    The launch that moves the count away from 0 owns the other fields and writes them. So with
+    launches on several streams the count is exact, and value and position belong to one bad label,
+    the first of the launch whose addition came first.
+    """
     offs = tl.arange(0, BLOCK)
     count = tl.zeros([BLOCK], tl.int64)
     first = tl.full([BLOCK], NO_INDEX, tl.int64)
@@ -177,21 +184,21 @@ def add_to_record(
         first = tl.minimum(first, tl.load(index_ptr + begin + offs, mask=mask, other=NO_INDEX))
     total = tl.sum(count, 0)
     index = tl.min(first, 0)
-    if HAS_INVALID:
-        tl.store(invalid_ptr, tl.load(invalid_ptr) + total)
-    else:
-        before = tl.load(record_ptr)
-        tl.store(record_ptr, before + total)
-        if (before == 0) & (total > 0):
-            row = index // W
-            x = index - row * W
-            n = row // H
-            y = row - n * H
-            value = tl.load(target_ptr + n * stride_n + y * stride_h + x * stride_w)
-            tl.store(record_ptr + 1, value.to(tl.int64))
-            tl.store(record_ptr + 2, n)
-            tl.store(record_ptr + 3, y)
-            tl.store(record_ptr + 4, x)
+    if total > 0:  # hardly ever
+        if HAS_INVALID:
+            tl.atomic_add(invalid_ptr, total, sem="relaxed")
+        else:
+            before = tl.atomic_add(record_ptr, total, sem="relaxed")
+            if before == 0:
+                row = index // W
+                x = index - row * W
+                n = row // H
+                y = row - n * H
+                value = tl.load(target_ptr + n * stride_n + y * stride_h + x * stride_w)
+                tl.store(record_ptr + 1, value.to(tl.int64))
+                tl.store(record_ptr + 2, n)
+                tl.store(record_ptr + 3, y)
+                tl.store(record_ptr + 4, x)
 
 
 # --- host -----------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fcnseg.kernels import (
+    bad_labels,
     common,
     conv_transpose_argmax,
     conv_transpose_cross_entropy,
@@ -224,6 +225,16 @@ def _confusion_matrix(arch: int) -> Iterator[Configuration]:
             yield f"C={num_classes} {_short(dtype)} {_short(labels)}", kernel, arguments, ceiling
 
 
+def _bad_labels(arch: int) -> Iterator[Configuration]:
+    scalar = torch.empty((), dtype=INT64)
+    for labels in (UINT8, INT64):
+        _, target, record = _case(19, FP32, labels, 8)
+        for kernel, arguments in recorded(
+            arch, bad_labels.record_bad_labels, record, target, scalar, scalar
+        ):
+            yield _short(labels), kernel, arguments, 64
+
+
 class _Recorder:
     """Stands for kernels: keeps what a launcher passes instead of launching."""
 
@@ -326,6 +337,7 @@ GENERATORS: list[Callable[[int], Iterator[Configuration]]] = [
     _cross_entropy,
     _argmax,
     _confusion_matrix,
+    _bad_labels,
 ]
 if os.environ.get("CONV", "0") not in ("", "0"):
     GENERATORS = [_conv_transpose]

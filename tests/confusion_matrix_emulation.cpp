@@ -63,13 +63,13 @@ void check(int64 size, int classes, int64 ignore_index, int skip_prediction, int
             });
     expect(matrix == expected, "matrix");
     expect(counters[0] == invalid && counters[1] == ignored && counters[2] == first, "counters");
-    int64 record[5] = {};
+    uint64 record[5] = {};
     emulate(1, 1, 0, [&] {
       record_invalid(pixels, sizeof(Prediction), sizeof(Target), 2, 3, counters, record);
     });
-    expect(record[0] == int64(invalid), "count of the record");
+    expect(record[0] == invalid, "count of the record");
     if (invalid != 0) {
-      expect((record[2] * 2 + record[3]) * 3 + record[4] == int64(~first), "place of the record");
+      expect((record[2] * 2 + record[3]) * 3 + record[4] == ~first, "place of the record");
     }
   }
 }
@@ -89,6 +89,38 @@ void check_targets() {
   check_sizes<Prediction, Label16>();
   check_sizes<Prediction, Label32>();
   check_sizes<Prediction, Label64>();
+}
+
+// Calls on several streams at once: each thread is one, with counters of its own.
+void check_record_of_streams() {
+  constexpr unsigned kStreams = 8;
+  constexpr int64 kHeight = 4, kWidth = 5;
+  std::vector<Label8> prediction(2 * kHeight * kWidth, 0);
+  std::vector<Label64> target(prediction.size(), 1);
+  uint64 counters[kStreams][3] = {};
+  for (unsigned stream = 1; stream < kStreams; ++stream) {  // stream 0 met no bad label
+    const unsigned position = 5 * stream - 1;
+    target[position] = stream % 2 == 0 ? 1 : -3 - int64(stream);
+    prediction[position] = static_cast<Label8>(100 + stream);
+    counters[stream][0] = 1000 + stream;
+    counters[stream][2] = ~uint64(position);
+  }
+  const Pixels pixels{prediction.data(), target.data(), int64(target.size()), 3, 255};
+  for (int repeat = 0; repeat < 50; ++repeat) {
+    uint64 record[5] = {};
+    emulate(1, kStreams, 0, [&] {
+      record_invalid(pixels, sizeof(Label8), sizeof(Label64), kHeight, kWidth,
+                     counters[threadIdx.x], record);
+    });
+    expect(record[0] == 7 * 1000 + 28, "count of all streams");
+    const uint64 position = (record[2] * kHeight + record[3]) * kWidth + record[4];
+    const uint64 stream = (position + 1) / 5;
+    expect(record[3] < kHeight && record[4] < kWidth && (position + 1) % 5 == 0 && stream > 0 &&
+               stream < kStreams,
+           "place of one stream");
+    expect(int64(record[1]) == (stream % 2 == 0 ? 100 + int64(stream) : -3 - int64(stream)),
+           "value at that place");
+  }
 }
 
 void check_plan() {
@@ -113,6 +145,7 @@ int main() {
   check_targets<Label16>();
   check_targets<Label32>();
   check_targets<Label64>();
+  check_record_of_streams();
   check_plan();
   std::printf("%d failures\n", failures);
   return failures != 0;

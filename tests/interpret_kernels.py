@@ -25,6 +25,7 @@ from triton.runtime import interpreter
 
 from fcnseg import reference
 from fcnseg.kernels import common, upsample_confusion_matrix, upsample_cross_entropy
+from fcnseg.kernels.bad_labels import record_bad_labels
 from fcnseg.kernels.upsample_argmax import upsample_argmax_forward
 from fcnseg.kernels.upsample_confusion_matrix import upsample_confusion_matrix_forward_
 from fcnseg.kernels.upsample_cross_entropy import (
@@ -358,6 +359,17 @@ def test_bad_label_of_pixel_losses() -> None:
     expected[1:3, 1:3] = True
     assert torch.equal(gradient.isnan(), expected.expand(1, 3, 4, 4))
     assert record.tolist() == [1, 3, 0, 6, 7]  # counted once
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_bad_labels_of_pytorch_expressions(dtype: torch.dtype) -> None:
+    labels = torch.zeros(3, 7, 5, dtype=dtype).transpose(1, 2)  # [3, 5, 7]
+    labels[1, 2, 6], labels[2, 4, 1] = 9, 8
+    record, bad = make_record(), labels > 2
+    for _ in range(2):
+        record_bad_labels(record, labels, bad.sum(), bad.flatten().byte().argmax())
+        record_bad_labels(record, labels, torch.tensor(0), torch.tensor(0))
+    assert record.tolist() == [4, 9, 1, 2, 6]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

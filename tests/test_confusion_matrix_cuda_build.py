@@ -35,10 +35,11 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_emulated_kernels_are_exact_under_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_emulated_kernels_are_exact_under_sanitizers(tmp_path: Path, sanitizer: str) -> None:
     program = tmp_path / "emulation"
     source = ROOT / "tests" / "confusion_matrix_emulation.cpp"
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sanitizers = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     flags = ["-std=c++20", "-O1", "-pthread", *sanitizers, "-DFCNSEG_HOST_EMULATION"]
     includes = [f"-I{CUDA}", f"-I{ROOT / 'tests'}"]
     subprocess.run(["g++", *flags, *includes, str(source), "-o", str(program)], check=True)

@@ -106,7 +106,7 @@ int launch_record_invalid(LabelMap prediction, LabelMap target, int64_t size, in
   const Pixels pixels{prediction.data, target.data, size, num_classes, 0};
   record_invalid<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(
       pixels, bytes(prediction.type), bytes(target.type), height, width,
-      reinterpret_cast<const uint64*>(counters), reinterpret_cast<int64*>(record));
+      reinterpret_cast<const uint64*>(counters), reinterpret_cast<uint64*>(record));
   return cudaGetLastError();
 }
 

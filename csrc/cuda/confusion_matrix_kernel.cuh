@@ -240,21 +240,21 @@ FCNSEG_DEVICE int64 label_at(const void* labels, int bytes, int64 position) {
 
 // One thread: adds the counters of a call to the record of fcnseg/_labels.py, (count, value, n, y,
 // x) of the first bad label. The pixels are laid out as [size / (height * width), height, width].
+// Calls on several streams share the record: the count is added by an atomic, and the call that
+// moves it away from 0 owns the other fields.
 FCNSEG_GLOBAL void record_invalid(Pixels pixels, int prediction_bytes, int target_bytes,
                                   int64 height, int64 width, const uint64* counters,
-                                  int64* record) {
-  const int64 invalid = int64(counters[0]);
-  if (invalid == 0) return;
-  if (record[0] == 0) {
-    const int64 position = int64(~counters[2]);
-    const int64 truth = label_at(pixels.target, target_bytes, position);
-    const bool in_target = uint64(truth) >= uint64(pixels.num_classes);
-    record[1] = in_target ? truth : label_at(pixels.prediction, prediction_bytes, position);
-    record[2] = position / width / height;
-    record[3] = position / width % height;
-    record[4] = position % width;
-  }
-  record[0] += invalid;
+                                  uint64* record) {
+  const uint64 invalid = counters[0];
+  if (invalid == 0 || atomicAdd(record, invalid) != 0) return;
+  const int64 position = int64(~counters[2]);
+  const int64 truth = label_at(pixels.target, target_bytes, position);
+  const bool in_target = uint64(truth) >= uint64(pixels.num_classes);
+  const int64 row = position / width;
+  record[1] = in_target ? truth : label_at(pixels.prediction, prediction_bytes, position);
+  record[2] = row / height;
+  record[3] = row % height;
+  record[4] = position - row * width;
 }
 
 }  // namespace fcnseg
