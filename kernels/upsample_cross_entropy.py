@@ -26,12 +26,12 @@ def tuned_lanes(
 
     ``options``: HAS_WEIGHT, HAS_SMOOTHING, WITH_GRAD, PER_PIXEL as the kernel's. All but a scalar
     loss of equal weights with its gradient take a logarithm or a load per pixel, and 16-bit labels
-    twice the words: 8 x 8 pixels would spill. So would 8 rows before Ampere, except on Turing where
-    no cell is larger, or with all options.
+    twice the words: 8 x 8 pixels would spill. So would 8 rows before Ampere where a cell is larger
+    than that, or with all options.
     """
     scalar = options["WITH_GRAD"] and not options["PER_PIXEL"]
     equal = not (options["HAS_WEIGHT"] or options["HAS_SMOOTHING"])
-    large = capability >= 80 or (capability >= 75 and max(geo.cell_h, geo.cell_w) <= 8)
+    large = capability >= 80 or max(geo.cell_h, geo.cell_w) <= 8
     if scalar and equal and num_classes <= 255 and large:
         return common.choose_lanes(geo, rows=8, columns=8)
     few = capability < 80 or (options["HAS_WEIGHT"] and options["HAS_SMOOTHING"])

@@ -141,6 +141,7 @@ def _cross_entropy(arch: int) -> Iterator[Configuration]:
         ("mean", "", 19, FP16, INT64, 8),
         ("mean", "", 19, BF16, UINT8, 8),
         ("mean", "channels_last", 19, FP16, INT32, 8),
+        ("mean", "", 19, FP32, INT64, 7),
         ("mean", "", 19, FP32, INT64, 4),
         ("mean", "", 21, FP32, INT64, 16),
         ("mean", "", 21, FP32, INT64, 32),
