@@ -1,0 +1,190 @@
+"""The launchers of fcnseg's kernels and their references, in the form in which the cases call them.
+
+The cases of the emulator go through this file alone, so a changed signature of a launcher is
+followed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fcnseg import reference
+from fcnseg.kernels import common
+from fcnseg.kernels.conv_transpose_argmax import conv_transpose_argmax_forward
+from fcnseg.kernels.conv_transpose_cross_entropy import (
+    conv_transpose_cross_entropy_backward,
+    conv_transpose_cross_entropy_forward,
+)
+from fcnseg.kernels.upsample_argmax import upsample_argmax_forward
+from fcnseg.kernels.upsample_confusion_matrix import upsample_confusion_matrix_forward_
+from fcnseg.kernels.upsample_cross_entropy import (
+    upsample_cross_entropy_backward,
+    upsample_cross_entropy_forward,
+)
+from tests.ptx_emulator.triton_bridge import Session, emulate
+
+__all__ = [
+    "Loss",
+    "bilinear_loss",
+    "bilinear_loss_alone",
+    "bilinear_loss_reference",
+    "conv_transpose_argmax_forward",
+    "conv_transpose_loss",
+    "conv_transpose_loss_reference",
+    "launches_on",
+    "upsample_argmax_forward",
+    "upsample_confusion_matrix_forward_",
+]
+
+Geometry = tuple[bool, float | None, float | None]  # align_corners, scale_h, scale_w
+ConvGeometry = tuple[Any, ...]  # stride, padding, output_padding, groups, dilation, crop
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The options of a loss that are no tensors."""
+
+    ignore_index: int = 255
+    reduction: str = "mean"
+    smoothing: float = 0.0
+
+    @property
+    def per_pixel(self) -> bool:
+        return self.reduction == "none"
+
+
+def _forget_plans() -> None:
+    """What launchers remember may hold for another architecture than the next one's."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fcnseg.kernels."):
+            for value in list(vars(module).values()):
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
+@contextlib.contextmanager
+def launches_on(session: Session) -> Iterator[Session]:
+    """Inside, launchers see the architecture of the session, and kernels run in the emulator."""
+    _forget_plans()
+    with (
+        mock.patch.object(common, "capability", lambda device: session.arch),
+        emulate(session.arch, session),
+    ):
+        yield session
+    _forget_plans()
+
+
+def bilinear_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    loss: Loss,
+    geometry: Geometry,
+    upstream: Tensor,
+    record: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and the gradient for ``upstream``: a scalar, or [N, H, W] without reduction."""
+    value, gradient = upsample_cross_entropy_forward(
+        logits, target, weight, loss.ignore_index, loss.reduction, loss.smoothing, *geometry,
+        True, record,
+    )  # fmt: skip
+    if loss.per_pixel:
+        gradient = upsample_cross_entropy_backward(
+            upstream, logits, target, weight, loss.ignore_index, loss.smoothing, *geometry, record
+        )
+    return value, gradient
+
+
+def bilinear_loss_alone(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    loss: Loss,
+    geometry: Geometry,
+    record: Tensor,
+) -> Tensor:
+    """The loss where no gradient is wanted, which another variant of the kernel computes."""
+    value, _ = upsample_cross_entropy_forward(
+        logits, target, weight, loss.ignore_index, loss.reduction, loss.smoothing, *geometry,
+        False, record,
+    )  # fmt: skip
+    return value
+
+
+def bilinear_loss_reference(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    loss: Loss,
+    geometry: Geometry,
+    upstream: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What ``bilinear_loss`` approximates, in the arithmetic of the logits' dtype."""
+    value, gradient = reference.upsample_cross_entropy(
+        logits, target, weight, loss.ignore_index, loss.reduction, loss.smoothing, *geometry, True
+    )
+    if loss.per_pixel:
+        gradient = reference.upsample_cross_entropy_backward(
+            upstream.to(logits.dtype), logits, target, weight, loss.ignore_index, loss.smoothing,
+            *geometry,
+        )  # fmt: skip
+    return value, gradient
+
+
+def conv_transpose_loss(
+    operands: tuple[Any, ...],
+    geometry: ConvGeometry,
+    loss: Loss,
+    wanted: tuple[bool, bool, bool],
+    upstream: Tensor | None,
+    record: Tensor,
+) -> tuple[Tensor, ...]:
+    """The loss and the wanted gradients; ``operands``: input, weight, target, bias, class weight.
+
+    ``upstream`` [N, H, W] is for a loss without reduction, whose gradients are another launch.
+    """
+    value, *gradients = conv_transpose_cross_entropy_forward(
+        *operands, *geometry, loss.ignore_index, loss.reduction, loss.smoothing, wanted, record
+    )
+    if loss.per_pixel:
+        gradients = list(
+            conv_transpose_cross_entropy_backward(
+                upstream, *operands, *geometry, loss.ignore_index, loss.smoothing, wanted
+            )
+        )
+    return value, *gradients
+
+
+def conv_transpose_loss_reference(
+    operands: tuple[Any, ...],
+    geometry: ConvGeometry,
+    loss: Loss,
+    wanted: tuple[bool, bool, bool],
+    upstream: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """What ``conv_transpose_loss`` approximates, in the arithmetic of the operands' dtype."""
+    value, *gradients = reference.conv_transpose_cross_entropy(
+        *operands, *geometry, loss.ignore_index, loss.reduction, loss.smoothing, wanted
+    )
+    if loss.per_pixel:
+        assert upstream is not None
+        gradients = list(
+            reference.conv_transpose_cross_entropy_backward(
+                upstream.to(operands[0].dtype), *operands, *geometry, loss.ignore_index,
+                loss.smoothing, wanted,
+            )
+        )  # fmt: skip
+    return value, *gradients
+
+
+def no_record() -> Tensor:
+    """A record of bad labels [count, value, n, y, x] that has met none."""
+    return torch.zeros(5, dtype=torch.int64)
