@@ -11,9 +11,6 @@ from tests.ptx_emulator.triton_bridge import Session
 
 ARCHS = (70, 80, 90)
 
-#: A missing barrier of `add_to_record`, harmless as it is compiled.
-KNOWN = "global race: write after a replica's read, other warp"
-
 
 @dataclass(frozen=True)
 class Case:
@@ -28,7 +25,7 @@ class Case:
         session.forget()
         check = Check(session)
         self.run(check)
-        check.wrong += [str(fault) for fault in session.report.faults() if fault.kind != KNOWN]
+        check.wrong += [str(fault) for fault in session.report.faults()]
         return check
 
 
