@@ -26,7 +26,10 @@ Source: ATen/native/UpSample.h (area_pixel_compute_source_index).
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,15 +39,33 @@ from torch import Tensor
 
 NO_INDEX = tl.constexpr(2**63 - 1)
 
-#: Arguments that Triton shall not specialise (1, multiples of 16): compile once for all sizes and
-#: layouts.
-RUNTIME = [
-    "cells", "tiles", "partials", "blocks", "bands", "band_rows", "C", "h", "w", "H", "W",
-    "ignore_index", "copies", "stride_matrix_0", "stride_matrix_1",
-    "stride_n", "stride_c", "stride_h", "stride_w",
-    *(f"stride_{name}_{axis}" for name in ("logits", "grad", "target", "upstream", "loss")
-      for axis in "nchw"),
-]  # fmt: skip
+
+def kernel(function: Callable[..., Any] | None = None, *, unit_strides: Sequence[str] = ()) -> Any:
+    """``triton.jit`` for a kernel that is compiled once for all sizes, layouts and addresses.
+
+    Triton makes constants of scalars that are 1, and compiles anew for scalars and addresses that
+    are multiples of 16. A first image of another size, or a tensor that starts elsewhere, would
+    compile in the middle of a run, or of the capture of a CUDA graph. So of the parameters that are
+    no ``tl.constexpr``, a pointer (``*_ptr``) is not told by its alignment, and a scalar not by its
+    value. What is aligned by construction, a kernel may say itself by ``tl.multiple_of``.
+
+    Args:
+        unit_strides: parameters that become constants where they are 1 all the same.
+    """
+    if function is None:
+        return functools.partial(kernel, unit_strides=unit_strides)
+    runtime = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if "constexpr" not in str(parameter.annotation)
+    ]
+    pointers = [name for name in runtime if name.endswith("_ptr")]
+    scalars = [name for name in runtime if name not in (*pointers, *unit_strides)]
+    return triton.jit(
+        function,
+        do_not_specialize=scalars,
+        do_not_specialize_on_alignment=[*pointers, *unit_strides],
+    )
 
 
 # --- device ---------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from torch import Tensor
 from fcnseg.kernels import common
 from fcnseg.kernels.common import split_cells
 from fcnseg.kernels.conv_transpose_cross_entropy import (
-    RUNTIME,
     held_logits,
     held_samples,
     held_weights,
@@ -57,7 +56,7 @@ def _better(best, label, z, first_class, C, MODE: tl.constexpr, BLOCK_C: tl.cons
     return tl.where(better, peak, best), tl.where(better, lowest, label)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@common.kernel
 def _conv_transpose_argmax_kernel(
     input_ptr, weight_ptr, bias_ptr, label_ptr,
     positions, rows, columns, first_row, first_column, items, item_columns,

@@ -62,13 +62,6 @@ from fcnseg.kernels.common import add_to_record, load_labels, split_cells
 from fcnseg.kernels.reduction import counted_weight, reduction_scale
 from fcnseg.kernels.upsample_cross_entropy_cells import LN2, LOG2E
 
-#: As common.RUNTIME: no size compiles anew, but the geometry does, which belongs to the model.
-RUNTIME = [
-    *(name for name in common.RUNTIME if name != "C"), "positions", "rows", "columns", "first_row",
-    "first_column", "splits", "tiles_per_split", "total",
-    *(f"stride_input_{axis}" for axis in "nchw"),
-]  # fmt: skip
-
 # --- device ---------------------------------------------------------------------------------------
 
 
@@ -88,7 +81,8 @@ def make_operands(
     MODE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """source and weight, as the functions below take them. In mode "dot" `pack_operands` has laid
-    them out: sizes that are whole blocks let the compiler see that loads are aligned."""
+    them out: sizes that are whole blocks let the compiler see that loads are aligned, as a new
+    allocation is."""
     if MODE == "dot":
         stored_rows = tl.cdiv(K, BLOCK_K) * BLOCK_K
         stored_columns = tl.cdiv(C, BLOCK_C) * BLOCK_C
@@ -119,7 +113,8 @@ def load_samples(source, offs, inside, channels, MODE: tl.constexpr, OPERAND: tl
     """Tile of the input at offs [BLOCK], 0 outside, for the vector of channels."""
     input_ptr, num_channels, _stride_n, stride_c, _stride_h, _stride_w = source
     if MODE == "dot":  # channels are neighbours and padded with zeros
-        pointers = (input_ptr + offs)[:, None] + channels[None, :]
+        start = tl.multiple_of(input_ptr + offs, 16)
+        pointers = start[:, None] + channels[None, :]
         return tl.load(pointers, mask=inside[:, None], other=0.0).to(OPERAND)
     else:
         offs = offs[None, :] + (channels.to(tl.int64) * stride_c)[:, None]
@@ -170,9 +165,10 @@ def held_samples(
 
 
 @triton.jit
-def tap_pointer(weight, tap_y, tap_x, axis_x):
+def tap_pointer(weight, tap_y, tap_x, axis_x, MODE: tl.constexpr):
     weight_ptr, _bias_ptr, _C, _K, _per_group, stored_rows, stored_columns = weight
-    return weight_ptr + (tap_y * axis_x[1] + tap_x).to(tl.int64) * stored_rows * stored_columns
+    tap = weight_ptr + (tap_y * axis_x[1] + tap_x).to(tl.int64) * stored_rows * stored_columns
+    return tl.multiple_of(tap, 16) if MODE == "dot" else tap
 
 
 @triton.jit
@@ -187,7 +183,7 @@ def held_weights(
     for a in tl.static_range(TAPS_Y * TAPS_X):
         tap_y = phase_y + a // TAPS_X * axis_y[0]
         tap_x = phase_x + a % TAPS_X * axis_x[0]
-        tap = tap_pointer(weight, tap_y, tap_x, axis_x)
+        tap = tap_pointer(weight, tap_y, tap_x, axis_x, MODE)
         if MODE == "dot":
             channels = tl.arange(0, BLOCK_K)[:, None]
             w = load_weight_tile(tap, weight, channels, classes[None, :], OPERAND)
@@ -248,7 +244,7 @@ def walked_logits(
             source, n, cell_y - before_y - t_y * axis_y[3],
             cell_x - before_x - t_x * axis_x[3], axis_y, axis_x,
         )  # fmt: skip
-        tap = tap_pointer(weight, tap_y + t_y * axis_y[2], tap_x + t_x * axis_x[2], axis_x)
+        tap = tap_pointer(weight, tap_y + t_y * axis_y[2], tap_x + t_x * axis_x[2], axis_x, MODE)
         if MODE == "dot":
             for k in range(0, stored_rows, BLOCK_K):
                 channels = k + tl.arange(0, BLOCK_K)
@@ -446,7 +442,7 @@ def _add_input_gradient(
         return acc
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@common.kernel
 def _conv_transpose_cross_entropy_kernel(
     input_ptr, weight_ptr, bias_ptr, target_ptr, class_weight_ptr, upstream_ptr, pixel_loss_ptr,
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, plane_ptr,
@@ -571,7 +567,7 @@ def _conv_transpose_cross_entropy_kernel(
                 for a in tl.static_range(TAPS):
                     tap = tap_pointer(
                         weight, tap_y + a // TAPS_X * stride_y, tap_x + a % TAPS_X * stride_x,
-                        axis_x,
+                        axis_x, MODE,
                     )  # fmt: skip
                     held = dz
                     if HELD:
@@ -603,7 +599,7 @@ def _conv_transpose_cross_entropy_kernel(
                     for a in tl.static_range(TAPS):
                         tap = tap_pointer(
                             weight, tap_y + a // TAPS_X * stride_y, tap_x + a % TAPS_X * stride_x,
-                            axis_x,
+                            axis_x, MODE,
                         )  # fmt: skip
                         acc = _add_input_gradient(
                             accs[a], dz, dz, tap, weight, classes, block * BLOCK_I,
@@ -632,7 +628,7 @@ def _conv_transpose_cross_entropy_kernel(
             tl.store(plane_ptr + plane * a + offs, accs[a], mask=inside)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@common.kernel
 def _weight_gradient_kernel(
     input_ptr, weight_ptr, bias_ptr, target_ptr, class_weight_ptr, upstream_ptr,
     weight_partial_ptr, bias_partial_ptr,
@@ -793,7 +789,7 @@ def _weight_gradient_kernel(
         tl.store(bias_partial_ptr + at, bias_sum, mask=inside)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@common.kernel
 def _reduce_kernel(
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, partials, target_ptr, record_ptr,
     out_ptr, scale_ptr, H, W, stride_n, stride_h, stride_w,
@@ -817,7 +813,7 @@ def _reduce_kernel(
         tl.store(scale_ptr, (scale + poison).to(tl.float32))
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@common.kernel
 def _gather_input_kernel(
     plane_ptr, scale_ptr, grad_ptr, total, positions, num_channels, h, w, rows, columns,
     first_row, first_column, stride_n, stride_c, stride_h, stride_w,
@@ -865,7 +861,7 @@ def _gather_input_kernel(
     tl.store(grad_ptr + offs, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
+@common.kernel
 def _gather_weight_kernel(
     partial_ptr, scale_ptr, grad_ptr, partials, total, C, K, per_group, kernel_x,
     stride_channel, stride_class, stride_h, stride_w,

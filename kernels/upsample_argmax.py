@@ -65,7 +65,7 @@ def pixel_weights_x(j, x, w, step_w, half):
     return tl.where((j == 0)[None, :], 1.0, weight)
 
 
-@triton.jit(do_not_specialize=common.RUNTIME)
+@common.kernel
 def _upsample_argmax_kernel(
     logits_ptr, label_ptr, cells, C, h, w, H, W, step_h, inverse_h, step_w, inverse_w, half,
     stride_n, stride_c, stride_h, stride_w, WIDE: tl.constexpr,

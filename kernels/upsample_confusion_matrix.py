@@ -41,7 +41,7 @@ COPIES = 32  # fewer where they would hold more than COPIED_BINS in all
 COPIED_BINS = 2**22
 
 
-@triton.jit(do_not_specialize=common.RUNTIME)
+@common.kernel
 def _upsample_confusion_matrix_kernel(
     logits_ptr, target_ptr, matrix_ptr, copies_ptr, bad_count_ptr, bad_index_ptr,
     cells, tiles, C, h, w, H, W, step_h, inverse_h, step_w, inverse_w, half,
@@ -103,7 +103,7 @@ def _upsample_confusion_matrix_kernel(
     tl.store(bad_index_ptr + program, tl.min(bad_index, 0))
 
 
-@triton.jit(do_not_specialize=common.RUNTIME)
+@common.kernel
 def _gather_kernel(
     copies_ptr, matrix_ptr, copies, C, stride_matrix_0, stride_matrix_1,
     bad_count_ptr, bad_index_ptr, partials, target_ptr, record_ptr, invalid_ptr, H, W,

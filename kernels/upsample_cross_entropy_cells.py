@@ -230,7 +230,7 @@ def _add_to_cells(
     tl.store(next_border_ptr, lower_left, mask=mask_border)
 
 
-@triton.jit(do_not_specialize=common.RUNTIME)
+@common.kernel
 def _upsample_cross_entropy_kernel(
     logits_ptr, target_ptr, weight_ptr, upstream_ptr, pixel_loss_ptr,
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, grad_ptr, top_ptr, border_ptr,

@@ -36,10 +36,7 @@ def _from_first_row(
     return value + _from_border(border_ptr, row, 0, j, c, mask, band_rows, C, w, CELLS)
 
 
-@triton.jit(
-    do_not_specialize=[name for name in common.RUNTIME if name not in CONTIGUOUS],
-    do_not_specialize_on_alignment=CONTIGUOUS,
-)
+@common.kernel(unit_strides=CONTIGUOUS)
 def _finish_kernel(
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, partials, result_ptr,
     target_ptr, record_ptr, grad_ptr, top_ptr, border_ptr, out_ptr,

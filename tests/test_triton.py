@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -158,32 +159,55 @@ def same_kernels_at_other_sizes() -> None:
 
     driver.set_active(compile_kernels.FakeDriver(90))
 
-    def compiled(N: int, h: int, w: int) -> list[Any]:
+    def compiled(
+        N: int, h: int, w: int, *, crop: tuple[int, int] = (0, 0), late: int = 0, last: bool = False
+    ) -> list[Any]:
+        """Tensors begin ``late`` elements after an aligned address; ``last``: channels are last."""
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            tensor = torch.empty(math.prod(shape) + late, dtype=dtype)[late:].view(shape)
+            assert (tensor.data_ptr() % 16 != 0) == bool(late)
+            return tensor
+
         size = (8 * h, 8 * w)
-        with torch.device("meta"):
-            logits, target = torch.empty(N, 19, h, w), torch.empty(N, *size, dtype=torch.int64)
-            weight, record = torch.empty(19, 1, 16, 16), torch.empty(5, dtype=torch.int64)
-            matrix = torch.empty(19, 19, dtype=torch.int64)
-            full = torch.empty(19, 19, 16, 16, dtype=torch.float16)
+        covered = (size[0] - crop[0], size[1] - crop[1])
+        logits, target = empty(N, 19, h, w), empty(N, *size, dtype=torch.int64)
+        samples = empty(N, h, w, 19).permute(0, 3, 1, 2) if last else logits
+        cut = target[:, : covered[0], : covered[1]]
+        weight, full = empty(19, 1, 16, 16), empty(19, 19, 16, 16, dtype=torch.float16)
+        class_weight, bias = empty(19), empty(19)
+        record, matrix = empty(5, dtype=torch.int64), empty(19, 19, dtype=torch.int64)
         plain, geometry = (False, None, None), ((8, 8), (4, 4), (0, 0))
-        loss = (target, None, None, *geometry, 19, (1, 1), (0, 0), 255, "mean", 0.0)
+        loss = (cut, bias, class_weight, *geometry, 19, (1, 1), crop, 255)
         kernels = []
         for launcher, *args in (
-            (conv_transpose_cross_entropy_forward, logits, weight, *loss, (True,) * 3, record),
-            (conv_transpose_argmax_forward, logits.half(), full, None, size, *geometry, 1, (1, 1),
-             (0, 0), torch.int64),
-            (upsample_cross_entropy_forward, logits, target, None, 255, "mean", 0.0, *plain, True,
+            (conv_transpose_cross_entropy_forward, samples, weight, *loss, "mean", 0.0, (True,) * 3,
              record),
-            (upsample_confusion_matrix_forward_, matrix, logits, target, 255, *plain, record, None),
+            (conv_transpose_cross_entropy_backward, empty(*cut.shape), samples, weight, *loss, 0.0,
+             (True,) * 3),
+            (conv_transpose_argmax_forward, samples.half(), full, None, covered, *geometry, 1,
+             (1, 1), crop, torch.int64),
+            (upsample_cross_entropy_forward, logits, target, class_weight, 255, "mean", 0.0, *plain,
+             True, record),
+            (upsample_cross_entropy_backward, empty(*target.shape), logits, target, None, 255, 0.0,
+             *plain, record),
+            (upsample_argmax_forward, samples, size, *plain, torch.int64),
+            (upsample_confusion_matrix_forward_, matrix, samples, target, 255, *plain, record,
+             None),
         ):  # fmt: skip
             kernels += compile_kernels.recorded(90, launcher, *args)
         return [compile_kernels.compile_one(*launch) for launch in kernels]
 
     first = compiled(2, 64, 128)
-    assert len(first) >= 10
-    for sizes in ((3, 61, 127), (16, 60, 121), (1, 67, 144)):
-        for kernel, other in zip(first, compiled(*sizes), strict=True):
-            assert kernel is other, (sizes, kernel.metadata.name)
+    assert len(first) >= 14
+    for sizes, options in (
+        ((3, 61, 127), {}),
+        ((16, 60, 121), {"last": True}),
+        ((1, 67, 144), {"crop": (1, 16)}),
+        ((1, 48, 16), {"crop": (3, 5), "late": 1}),
+    ):
+        for kernel, other in zip(first, compiled(*sizes, **options), strict=True):
+            assert kernel is other, (sizes, options, kernel.metadata.name)
 
 
 def test_other_sizes_do_not_compile_anew(tmp_path: Path) -> None:
