@@ -7,7 +7,6 @@ atomic and returns what it held before.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from fcnseg.kernels import common
 from fcnseg.kernels.common import add_to_record
 
 
-@triton.jit(do_not_specialize=common.RUNTIME)
+@common.kernel
 def _record_kernel(
     count_ptr, index_ptr, labels_ptr, record_ptr, H, W,
     stride_target_n, stride_target_h, stride_target_w, BLOCK: tl.constexpr,
