@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import Mode, Unavailable, Work, device, main, require_compiled, time_case
+from clocks import device, time_case
+from harness import Mode, Unavailable, Work, require_compiled
 from torch import Tensor
+from workers import main
 
 import fcnseg
 
@@ -44,17 +46,17 @@ class Case:
 @functools.lru_cache(maxsize=1)
 def label_maps(case: Case, where: str) -> tuple[Tensor, Tensor]:
     """Nothing writes to them: the implementations share them."""
-    random = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"generator": torch.Generator(where).manual_seed(0), "device": where}
     (n, height, width), classes = case.shape, case.classes
-    prediction = torch.randint(classes, case.shape, generator=random)
+    prediction = torch.randint(classes, case.shape, **options)
     if case.noise:
-        target = torch.randint(classes, case.shape, generator=random)
+        target = torch.randint(classes, case.shape, **options)
     else:
-        blocks = torch.randint(classes, (n, height // 24 + 1, width // 24 + 1), generator=random)
+        blocks = torch.randint(classes, (n, height // 24 + 1, width // 24 + 1), **options)
         target = blocks.repeat_interleave(24, 1).repeat_interleave(24, 2)[:, :height, :width]
-        wrong = torch.rand(case.shape, generator=random) < 0.1
+        wrong = torch.rand(case.shape, **options) < 0.1
         prediction = torch.where(wrong, prediction, target)
-    return prediction.to(where, case.dtype), target.to(where, case.dtype).contiguous()
+    return prediction.to(case.dtype), target.to(case.dtype).contiguous()
 
 
 CASES = {
@@ -70,6 +72,8 @@ CUDA_CASES = {
     for name in ("map, int64", "map, uint8", "noise, int64")
 }
 PEERS = ["eager", "compile", "numpy", "torchmetrics"]
+MODES = [Mode("", [*PEERS, "fused"], list(CASES))]
+MEMORY_CASES = list(CASES)
 
 
 def bincount(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
@@ -141,4 +145,4 @@ def test_time(benchmark: Any, case: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(__file__, [Mode("", [*PEERS, "fused"], list(CASES))], PEERS, list(CASES))
+    main(__file__)

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_conv_transpose_cross_entropy import LARGE, STANDARD, Case
-from harness import PAGE_KEEPING, Mode, Work, main, require_compiled, time_case
+from bench_conv_transpose_cross_entropy import STANDARD, Case
+from clocks import time_case
+from harness import PAGE_KEEPING, Mode, Work, require_compiled
 from torch import Tensor
+from workers import main
 
 import fcnseg
 
@@ -24,10 +26,15 @@ CASES = {
     "grouped, stride 32": Case((2, 19, 16, 32), (512, 1024)),
 }
 SUMMARY = list(CASES)[:1]
+MODES = [
+    Mode("", ["eager", "compile", "fused"], list(CASES)),
+    Mode("eager with page-keeping malloc", ["eager"], list(CASES), PAGE_KEEPING),
+]
+MEMORY_CASES = list(CASES)
 CUDA_CASES = {
-    "grouped, fp16": Case(*LARGE, dtype=torch.float16),
-    "full, fp16": Case(*LARGE, dtype=torch.float16, grouped=False),
-    "grouped, fp32": Case(*LARGE),
+    "grouped, fp16": Case(*STANDARD, dtype=torch.float16),
+    "full, fp16": Case(*STANDARD, dtype=torch.float16, grouped=False),
+    "grouped, fp32": Case(*STANDARD),
 }
 
 
@@ -79,12 +86,4 @@ def test_time(benchmark: Any, case: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(
-        __file__,
-        [
-            Mode("", ["eager", "compile", "fused"], list(CASES)),
-            Mode("eager with page-keeping malloc", ["eager"], list(CASES), PAGE_KEEPING),
-        ],
-        ["eager", "eager with page-keeping malloc", "compile"],
-        list(CASES),
-    )
+    main(__file__)

@@ -21,7 +21,8 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from harness import save, statistics
+from clocks import statistics
+from tables import save
 from torch.utils.data import DataLoader
 
 from fcnseg import data

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import PAGE_KEEPING, Case, Mode, Work, main, require_compiled, time_case
+from clocks import time_case
+from harness import PAGE_KEEPING, Case, Mode, Work, require_compiled
 from torch import Tensor
+from workers import main
 
 import fcnseg
 
@@ -21,9 +23,15 @@ CASES = {
     "150 classes, 512x512": Case((2, 150, 64, 64), (512, 512)),
 }
 SUMMARY = ["19 classes, 1024x2048"]
+MODES = [
+    Mode("", ["eager", "compile", "fused"], list(CASES)),
+    Mode("eager with page-keeping malloc", ["eager"], list(CASES), PAGE_KEEPING),
+]
+MEMORY_CASES = list(CASES)
 CUDA_CASES = {
     "1x19x128x256 to 1024x2048, fp16": Case((1, 19, 128, 256), (1024, 2048), dtype=torch.float16),
     "1x19x128x256 to 1024x2048, fp32": Case((1, 19, 128, 256), (1024, 2048)),
+    "1x150x128x128 to 512x683, fp16": Case((1, 150, 128, 128), (512, 683), dtype=torch.float16),
 }
 
 
@@ -54,7 +62,8 @@ def work(case: Case) -> Work:
     """As upsample_argmax, without labels but with a target, int64."""
     (N, C, h, w), (H, W) = case.shape, case.size
     samples = N * C * h * w
-    return Work(samples * case.dtype.itemsize + 8 * N * H * W, 8 * C * C, 4 * samples)
+    labels = case.labels.itemsize * N * H * W
+    return Work(samples * case.dtype.itemsize + labels, 8 * C * C, 4 * samples)
 
 
 def check(case: Case) -> None:
@@ -79,12 +88,4 @@ def test_time(benchmark: Any, case: str, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(
-        __file__,
-        [
-            Mode("", ["eager", "compile", "fused"], list(CASES)),
-            Mode("eager with page-keeping malloc", ["eager"], list(CASES), PAGE_KEEPING),
-        ],
-        ["eager", "eager with page-keeping malloc", "compile"],
-        list(CASES),
-    )
+    main(__file__)

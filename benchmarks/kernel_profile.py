@@ -19,8 +19,10 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+import clocks
 import harness
 import suite
+import tables
 import torch
 
 REGISTERS = 65536
@@ -89,33 +91,33 @@ def step_of(bench: ModuleType, quick: bool) -> Any:
 
 def profiler_table(step: Any) -> str:
     """Of five steps, by the device's time."""
-    cuda = harness.device() == "cuda"
+    cuda = clocks.device() == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     if cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     step()
-    harness.synchronize()
+    clocks.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(5):
             step()
-        harness.synchronize()
+        clocks.synchronize()
     order = "self_device_time_total" if cuda else "self_cpu_time_total"
     return profile.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="registers, occupancy, profile")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=harness.device())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=clocks.device())
     parser.add_argument("--quick", action="store_true", help="tiny problems: a test of the code")
     parser.add_argument("--launch", action="store_true")
     options = parser.parse_args()
-    os.environ[harness.DEVICE_VARIABLE] = options.device
+    os.environ[clocks.DEVICE_VARIABLE] = options.device
     loss = importlib.import_module("bench_upsample_cross_entropy")
     if options.launch:
         step = step_of(loss, options.quick)
         for _ in range(4):
             step()
-        harness.synchronize()
+        clocks.synchronize()
         return
     for name in suite.modules():
         bench = importlib.import_module(name)
@@ -125,13 +127,13 @@ def main() -> None:
             print(f"skipped {name}: {error}")
             continue
         step_of(bench, options.quick)()
-    harness.synchronize()
+    clocks.synchronize()
     rows = resources() if options.device == "cuda" else []
     for row in rows:
         print(", ".join(f"{key} {value}" for key, value in row.items()))
     text = profiler_table(step_of(loss, options.quick))
     print(text)
-    path = harness.save("profile", {"kernels": rows, "profiler": text.splitlines()})
+    path = tables.save("profile", {"kernels": rows, "profiler": text.splitlines()})
     print(os.path.relpath(path))
 
 

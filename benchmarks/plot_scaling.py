@@ -11,10 +11,12 @@ import argparse
 import os
 from typing import Any
 
-import harness
+import clocks
+import memory
+import tables
 import torch
 from bench_upsample_cross_entropy import implementation
-from harness import Case
+from harness import Case, require_compiled
 
 MODULE = "bench_upsample_cross_entropy"
 PIXELS = [Case((1, 19, edge, edge), (8 * edge, 8 * edge)) for edge in (16, 32, 64, 128, 192)]
@@ -33,12 +35,12 @@ def measure(case: Case, name: str, threads: int, with_memory: bool) -> dict[str,
         "pixels": case.size[0] * case.size[1],
         "classes": case.shape[1],
         "threads": threads,
-        "milliseconds": harness.measure({name: step}, 0.5)[name]["median"],
+        "milliseconds": clocks.measure({name: step}, 0.5)[name]["median"],
     }
-    if with_memory and harness.device() == "cuda":
-        point["megabytes"] = harness.cuda_peak_memory(step)
+    if with_memory and clocks.device() == "cuda":
+        point["megabytes"] = memory.cuda_peak_memory(step)
     elif with_memory:
-        point["megabytes"] = harness.peak_memory(MODULE, name, case)
+        point["megabytes"] = memory.peak_memory(MODULE, name, case)
     return point
 
 
@@ -66,23 +68,23 @@ def draw(content: dict[str, Any]) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="scaling of the fused loss")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=harness.device())
-    os.environ[harness.DEVICE_VARIABLE] = parser.parse_args().device
-    harness.require_compiled("upsample_cross_entropy")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=clocks.device())
+    os.environ[clocks.DEVICE_VARIABLE] = parser.parse_args().device
+    require_compiled("upsample_cross_entropy")
     content: dict[str, Any] = {
         axis: {
             name: [measure(case, name, 1, True) for case in cases] for name in ("eager", "fused")
         }
         for axis, cases in (("pixels", PIXELS), ("classes", CLASSES))
     }
-    if harness.device() == "cpu":
+    if clocks.device() == "cpu":
         cores = os.cpu_count() or 1
         counts = sorted({1, cores, *(2**i for i in range(cores.bit_length()) if 2**i <= cores)})
         content["threads"] = {
             name: [measure(PIXELS[3], name, threads, False) for threads in counts]
             for name in ("eager", "fused")
         }
-    print(os.path.relpath(harness.save("scaling", content)))
+    print(os.path.relpath(tables.save("scaling", content)))
 
 
 if __name__ == "__main__":

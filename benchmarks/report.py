@@ -18,20 +18,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import harness
+import processes
+import tables
 
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 SOURCE = re.compile(r"results/([\w.-]+\.json)")
 
 
 def documents() -> list[Path]:
-    return [harness.ROOT / "README.md", *sorted((harness.ROOT / "docs").glob("*.md"))]
+    return [processes.ROOT / "README.md", *sorted((processes.ROOT / "docs").glob("*.md"))]
 
 
 def newest(name: str) -> list[Path]:
     """The newest file of a set for each device; the CPUs first."""
     found: dict[tuple[str, str], Path] = {}
-    for path in sorted(harness.RESULTS.glob(f"{name}_*.json"), key=lambda p: p.stem[-10:]):
+    for path in sorted(tables.RESULTS.glob(f"{name}_*.json"), key=lambda p: p.stem[-10:]):
         content = json.loads(path.read_text())
         if content.get("name") == name:
             about = content["header"]
@@ -74,14 +75,14 @@ def read_cells(row: dict[str, Any]) -> list[str]:
     if floor is None or "fused" not in row:
         return ["", ""]
     read = floor["read ms"]
-    return [harness.milliseconds(read), f"{row['fused']['median'] / read:.1f}"]
+    return [tables.milliseconds(read), f"{row['fused']['median'] / read:.1f}"]
 
 
 def others(row: dict[str, Any]) -> str:
     """Competitors besides eager and torch.compile."""
     known = ("fused", "eager", "compile")
     names = [k for k, v in row.items() if isinstance(v, dict) and "median" in v and k not in known]
-    cells = [f"{name} {harness.ratio(row, name)}" for name in names]
+    cells = [f"{name} {tables.ratio(row, name)}" for name in names]
     return ", ".join(cells)
 
 
@@ -98,10 +99,10 @@ def table(content: dict[str, Any]) -> str:
             fused = row.get("fused", {})
             keys = ["median", *(["graph", "wall"] if cuda else [])]
             line = [f"`{module.removeprefix('bench_')}`", case]
-            line += [harness.milliseconds(fused.get(key)) for key in keys]
-            line += [harness.ratio(row, "eager"), harness.ratio(row, "compile"), others(row)]
-            line += [harness.memory_cell(row)]
-            line += [cell.strip() for cell in harness.floor_cells(row).split("|")]
+            line += [tables.milliseconds(fused.get(key)) for key in keys]
+            line += [tables.ratio(row, "eager"), tables.ratio(row, "compile"), others(row)]
+            line += [tables.memory_cell(row)]
+            line += [cell.strip() for cell in tables.floor_cells(row).split("|")]
             line += [reached(row)]
             if cuda:
                 line += read_cells(row)
@@ -123,7 +124,7 @@ def missing(content: dict[str, Any]) -> list[str]:
 
 def plot_path(path: Path, document: Path) -> Path:
     """Beside the JSON for README.md, in docs/figures for the pages of docs/."""
-    folder = path.parent if document.parent == harness.ROOT else document.parent / "figures"
+    folder = path.parent if document.parent == processes.ROOT else document.parent / "figures"
     return folder / f"{path.stem}.png"
 
 
@@ -135,7 +136,7 @@ def section(path: Path, document: Path) -> str:
     load = first.get("load_before", [None])[0]
     about = belongs_to(content["header"], first.get("threads"), load)
     parts = [f"{about}; `benchmarks/results/{path.name}`, plot beside it"]
-    if document.parent != harness.ROOT:
+    if document.parent != processes.ROOT:
         parts = [f"{about}; `benchmarks/results/{path.name}`"]
         parts += [f"![{content['name']}](figures/{path.stem}.png)"]
     if not scaling:
@@ -160,7 +161,7 @@ def stale_blocks(text: str, document: Path) -> list[str]:
     """Blocks that are not what the files of results that they name give."""
     stale = []
     for match in BLOCK.finditer(text):
-        paths = [harness.RESULTS / name for name in dict.fromkeys(SOURCE.findall(match[3]))]
+        paths = [tables.RESULTS / name for name in dict.fromkeys(SOURCE.findall(match[3]))]
         if not all(path.exists() for path in paths) or render(paths, document) != match[3]:
             stale.append(match[2])
     return stale
@@ -232,14 +233,14 @@ def main() -> None:
         fresh = rewrite(text, document)
         if fresh != text:
             document.write_text(fresh)
-            print(f"rewrote {document.relative_to(harness.ROOT)}")
+            print(f"rewrote {document.relative_to(processes.ROOT)}")
         for match in BLOCK.finditer(fresh):
-            for path in (harness.RESULTS / name for name in SOURCE.findall(match[3])):
+            for path in (tables.RESULTS / name for name in SOURCE.findall(match[3])):
                 plots[plot_path(path, document)] = path
     for target, path in sorted(plots.items()):
         target.parent.mkdir(exist_ok=True)
         plot(path, target)
-        print(f"drew {target.relative_to(harness.ROOT)}")
+        print(f"drew {target.relative_to(processes.ROOT)}")
 
 
 if __name__ == "__main__":

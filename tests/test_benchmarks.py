@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+import os
 import shutil
 import subprocess
 import sys
@@ -19,13 +21,26 @@ import fcnseg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import clocks
 import gpu
 import harness
 import kernel_profile
+import memory
+import processes
 import report
 import suite
+import tables
+import workers
 
 RATES = {"bytes per ms": 1e6, "operations per ms": 1e9}
+#: Of a worker process.
+OPTIONS = {
+    "threads": torch.get_num_threads(),
+    "seconds": 0,
+    "quick": True,
+    "rehearse": False,
+    "case_limit": None,
+}
 OPERATORS = fcnseg.build_info()["operators"]
 compiled = pytest.mark.skipif(
     OPERATORS["upsample_argmax"]["cpu"] != "c++", reason="the compiled CPU operators are missing"
@@ -34,7 +49,7 @@ compiled = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(harness.DEVICE_VARIABLE, "cpu")
+    monkeypatch.setenv(clocks.DEVICE_VARIABLE, "cpu")
 
 
 def fake_bench(**implementations: Any) -> ModuleType:
@@ -55,7 +70,7 @@ def fake_bench(**implementations: Any) -> ModuleType:
 
 
 def test_statistics_are_quantiles_in_milliseconds() -> None:
-    found = harness.statistics([0.001 * i for i in (5, 1, 4, 2, 3, 6)])
+    found = clocks.statistics([0.001 * i for i in (5, 1, 4, 2, 3, 6)])
     assert found == {"p20": 2.0, "median": 3.5, "p80": 5.0, "rounds": 6}
 
 
@@ -72,8 +87,8 @@ def test_floor_is_the_larger_bound(work: harness.Work, milliseconds: float, boun
 
 
 def test_rates_are_those_of_a_copy_and_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "rounds", lambda run, count: [0.004, 0.002, 0.003])
-    rates = harness.measure_rates(tiny=True)
+    monkeypatch.setattr(clocks, "rounds", lambda run, count: [0.004, 0.002, 0.003])
+    rates = clocks.measure_rates(tiny=True)
     assert rates == {"bytes per ms": 2 * 4 * 2**18 / 2, "operations per ms": 64**3 / 2}
 
 
@@ -84,7 +99,7 @@ def test_measure_takes_turns_and_7_to_101_rounds() -> None:
         order.append(name)
         time.sleep(seconds)
 
-    found = harness.measure({"a": lambda: run("a", 0.002), "b": lambda: run("b", 1e-6)}, 0.001)
+    found = clocks.measure({"a": lambda: run("a", 0.002), "b": lambda: run("b", 1e-6)}, 0.001)
     assert found["a"]["rounds"] == 7
     assert 7 <= found["b"]["rounds"] <= 101
     assert found["a"]["median"] >= 2 > found["b"]["median"]
@@ -100,7 +115,7 @@ def test_the_fallback_is_not_called_fused(
 ) -> None:
     other = {"cpu": "cuda", "cuda": "cpu"}[device]
     kinds = {device: kind, other: "reference" if kind != "reference" else "c++"}
-    monkeypatch.setenv(harness.DEVICE_VARIABLE, device)
+    monkeypatch.setenv(clocks.DEVICE_VARIABLE, device)
     monkeypatch.setattr(fcnseg, "build_info", lambda: {"operators": {"upsample_argmax": kinds}})
     bench = fake_bench(fused=lambda: None)
     bench.OPERATORS = ("upsample_argmax",)
@@ -112,9 +127,9 @@ def test_the_fallback_is_not_called_fused(
 
 
 def test_device_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(harness.DEVICE_VARIABLE, "tpu")
+    monkeypatch.setenv(clocks.DEVICE_VARIABLE, "tpu")
     with pytest.raises(ValueError, match="expected cpu or cuda, got 'tpu'"):
-        harness.device()
+        clocks.device()
 
 
 def test_a_peer_that_is_missing_or_fails_is_named() -> None:
@@ -143,49 +158,120 @@ def test_nothing_is_timed_before_it_is_right() -> None:
         harness.measure_case(bench, bench.CASES["only"], ["fused"], 0, RATES)
 
 
-def test_a_worker_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_keeps_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     bench = fake_bench(fused=lambda: None)
     bench.CASES = {"good": bench.CASES["only"], "bad": bench.CASES["only"]}
+    checked = []
 
     def check(case: Any) -> None:
-        if out.exists():
+        checked.append(case)
+        if len(checked) == 2:
+            assert len(json.loads(out.read_text())["done"]) == 1  # written before the next began
             raise AssertionError("the second one is wrong")
 
     bench.check = check
     monkeypatch.setitem(sys.modules, "bench_fake", bench)
-    out = tmp_path / "rows.json"
-    options = {
-        "module": "bench_fake",
-        "implementations": ["fused"],
-        "cases": ["good", "bad"],
-        "threads": torch.get_num_threads(),
-        "seconds": 0,
-        "quick": True,
-        "out": str(out),
+    out = tmp_path / "found.json"
+    tasks = [workers.task("bench_fake", case, ["fused"]) for case in ("good", "bad", "good")]
+    workers.worker(json.dumps(OPTIONS | {"tasks": tasks, "out": str(out)}))
+    done = json.loads(out.read_text())["done"]
+    assert [list(each["row"]) for each in done] == [["fused", "floor"], [], ["fused", "floor"]]
+    assert done[1]["failed"] == {"bad": "AssertionError: the second one is wrong"}
+    printed = capsys.readouterr().out
+    assert "bench_fake: good: fused" in printed
+    assert "bench_fake: bad: FAILED: AssertionError: the second one is wrong" in printed
+
+
+@pytest.fixture
+def bad_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bench_bad.py: a case that is wrong, one that kills its process, one that hangs."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(workers, "GRACE", 0.3)
+    (tmp_path / "bench_bad.py").write_text(
+        "import os, signal, time\n"
+        "import harness\n"
+        "OPERATORS = ()\n"
+        "NAMES = ('good', 'wrong', 'deadly', 'hanging', 'last')\n"
+        "CASES = {n: harness.Case((1, 2, 4, 4), (8, 8), scale=i) for i, n in enumerate(NAMES)}\n"
+        "def check(case):\n"
+        "    name = NAMES[int(case.scale)]\n"
+        "    assert name != 'wrong', 'it is wrong'\n"
+        "    if name == 'deadly':\n"
+        "        os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    if name == 'hanging':\n"
+        "        signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "        time.sleep(600)\n"
+        "def implementation(name, case):\n"
+        "    return {'fused': lambda: None, 'other': lambda: None}[name]\n"
+    )
+
+
+def test_tasks_go_on_after_one_that_dies_or_hangs(bad_bench: None) -> None:
+    names = ("good", "wrong", "deadly", "hanging", "last")
+    tasks = [workers.task("bench_bad", name, ["fused"]) for name in names]
+    seen: list[list[str]] = []
+
+    def progress(found: dict[str, Any]) -> None:
+        seen.append(list(found["files"].get("bench_bad", {"rows": {}})["rows"]))
+
+    found = workers.run_tasks(
+        tasks, threads=1, seconds=0, quick=True, case_limit=2, progress=progress
+    )
+    file = found["files"]["bench_bad"]
+    assert list(file["rows"]) == ["good", "last"]
+    assert file["failed"] == {
+        "wrong": "AssertionError: it is wrong",
+        "deadly": "the process: ended by SIGSEGV",
+        "hanging": "the process: no end after 2 s",
     }
-    harness.worker(json.dumps(options))
-    content = json.loads(out.read_text())
-    assert list(content["rows"]) == ["good"]
-    assert content["failed"] == {"bad": "AssertionError: the second one is wrong"}
+    assert ["good"] in seen  # long before the last one
+    assert found["rates"]["bytes per ms"] > 0
+
+
+def test_tasks_without_time_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], limit: float, **options: Any) -> str:
+        done = [{"row": {"fused": {"median": 1}}, "failed": {}}]
+        tables.write(Path(json.loads(command[-1])["out"]), {"rates": RATES, "done": done})
+        time.sleep(limit)
+        return f"no end after {limit:.0f} s"
+
+    monkeypatch.setattr(processes, "run", run)
+    tasks = [workers.task("bench_bad", name, ["fused"]) for name in ("good", "hanging", "last")]
+    tasks.append(workers.task("bench_bad", "good", ["other"]))
+    found = workers.run_tasks(tasks, threads=1, seconds=0, quick=True, limit=0.1)
+    file = found["files"]["bench_bad"]
+    assert file["failed"] == {"hanging": "the process: no end after 0 s", "last": "no time left"}
+    assert file["rows"]["good"]["skipped"] == {"other": "no time left"}
+
+
+def test_a_file_that_does_not_import_is_named() -> None:
+    tasks = [workers.task("no_such_file", "only", ["fused"])]
+    found = workers.run_tasks(tasks, threads=1, seconds=0, quick=True)
+    reason = "ModuleNotFoundError: No module named 'no_such_file'"
+    assert found["files"]["no_such_file"]["failed"] == {"only": reason}
 
 
 def test_competitors_with_an_environment_go_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = fake_bench()
     monkeypatch.setitem(sys.modules, "bench_fake", bench)
 
-    def run_worker(module: str, mode: harness.Mode, cases: Any, **options: Any) -> dict[str, Any]:
-        times = {name: harness.statistics([0.001 * len(name)]) for name in mode.implementations}
-        rows = {case: {**times, "skipped": {mode.name: "why"}} for case in cases}
-        return {"rates": RATES, "rows": rows, "failed": {"x": "y"} if mode.environment else {}}
+    def run_tasks(tasks: Any, environment: Any, **options: Any) -> dict[str, Any]:
+        names = tasks[0]["implementations"]
+        times = {name: clocks.statistics([0.001 * len(name)]) for name in names}
+        rows = {each["case"]: {**times, "skipped": {"peer": "why"}} for each in tasks}
+        failed = {"x": "y"} if environment else {}
+        return {"rates": RATES, "files": {"bench_fake": {"rows": rows, "failed": failed}}}
 
-    monkeypatch.setattr(harness, "run_worker", run_worker)
+    monkeypatch.setattr(workers, "run_tasks", run_tasks)
     modes = [
         harness.Mode("", ["eager", "fused"], ["only"]),
         harness.Mode("AVX2", ["fused"], ["only"], {"A": "1"}),
         harness.Mode("page-keeping", ["eager"], ["only"], {"B": "1"}),
         harness.Mode("torch.compile", ["compile"], ["only", "none"]),
     ]
-    found = harness.run_file("bench_fake", modes, ["only"], [], threads=1, seconds=0, quick=False)
+    found = workers.run_file("bench_fake", modes, ["only"], [], threads=1, seconds=0, quick=False)
     assert set(found["rows"]) == {"only", "only, AVX2"}
     row = found["rows"]["only"]
     assert set(row) == {"eager", "fused", "page-keeping", "compile", "skipped"}
@@ -195,16 +281,58 @@ def test_competitors_with_an_environment_go_by_its_name(monkeypatch: pytest.Monk
     assert together == harness.Mode("", ["eager", "fused", "compile"], ["only"])
 
 
-def test_a_process_that_dies_is_named() -> None:
-    mode = harness.Mode("", ["fused"], [])
-    found = harness.run_worker("no_such_file", mode, [], threads=1, seconds=0, quick=True)
-    assert found["failed"] == {"process ''": "the process ended with 1"}
+def test_a_second_row_adds_to_the_first() -> None:
+    row = {"fused": {"median": 1}, "memory": {"fused": 2}, "skipped": {"liger": "absent"}}
+    workers.merge(row, {"compile": {"median": 3}, "memory": {"compile": 4}})
+    assert row == {
+        "fused": {"median": 1},
+        "compile": {"median": 3},
+        "memory": {"fused": 2, "compile": 4},
+        "skipped": {"liger": "absent"},
+    }
+
+
+def test_a_broken_device_is_left_to_a_new_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a fault of a kernel, every call of that process fails."""
+    monkeypatch.setitem(sys.modules, "bench_fake", fake_bench(fused=lambda: None))
+    monkeypatch.setattr(workers, "device_answers", lambda: False)
+
+    class Left(Exception):
+        pass
+
+    def leave(code: int) -> None:
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    tasks = [workers.task("bench_fake", "only", ["fused"])] * 2
+    out = tmp_path / "found.json"
+    with pytest.raises(Left, match=str(workers.GO_ON)):
+        workers.worker(json.dumps(OPTIONS | {"tasks": tasks, "out": str(out)}))
+    assert len(json.loads(out.read_text())["done"]) == 1
+
+    starts = []
+
+    def run(command: list[str], limit: float, **options: Any) -> str | None:
+        asked = json.loads(command[-1])
+        starts.append([each["case"] for each in asked["tasks"]])
+        done = [{"row": {"fused": {"median": 1}}, "failed": {}}]
+        tables.write(Path(asked["out"]), {"rates": RATES, "done": done})
+        return f"exit status {workers.GO_ON}" if len(asked["tasks"]) > 1 else None
+
+    monkeypatch.setattr(processes, "run", run)
+    tasks = [workers.task("bench_fake", case, ["fused"]) for case in "abc"]
+    found = workers.run_tasks(tasks, threads=1, seconds=0, quick=True)
+    assert starts == [["a", "b", "c"], ["b", "c"], ["c"]]
+    assert list(found["files"]["bench_fake"]["rows"]) == ["a", "b", "c"]
+    assert found["files"]["bench_fake"]["failed"] == {}
 
 
 def test_header_names_what_the_numbers_belong_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [str(harness.HERE / "suite.py"), "matrix"])
-    assert harness.header()["command"] == "python benchmarks/suite.py matrix"
-    about = harness.header("make bench")
+    monkeypatch.setattr(sys, "argv", [str(processes.HERE / "suite.py"), "matrix"])
+    assert tables.header()["command"] == "python benchmarks/suite.py matrix"
+    about = tables.header("make bench")
     assert about["command"] == "make bench" and about["kind"] == "cpu"
     assert about["torch"] == torch.__version__ and about["commit"] and about["date"]
     assert about["build_info"] == fcnseg.build_info()
@@ -213,7 +341,7 @@ def test_header_names_what_the_numbers_belong_to(monkeypatch: pytest.MonkeyPatch
 
 def test_results_go_where_out_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUT", str(tmp_path / "new"))
-    path = harness.save("summary", {"files": {}})
+    path = tables.save("summary", {"files": {}})
     assert path.parent == tmp_path / "new" and path.name.startswith("summary_")
     assert json.loads(path.read_text())["name"] == "summary"
 
@@ -245,8 +373,8 @@ def test_one_case_of_each_file_runs(name: str) -> None:
 def test_peak_memory_sees_full_resolution_planes() -> None:
     case = harness.Case((1, 19, 32, 32), (512, 512))
     plane = 19 * 512 * 512 * 4 / 2**20
-    assert harness.peak_memory("bench_upsample_argmax", "eager", case) >= plane
-    assert harness.peak_memory("bench_upsample_argmax", "fused", case) < plane / 2
+    assert memory.peak_memory("bench_upsample_argmax", "eager", case) >= plane
+    assert memory.peak_memory("bench_upsample_argmax", "fused", case) < plane / 2
 
 
 # --- what only a CUDA device runs, on stand-ins ---------------------------------------------------
@@ -276,16 +404,26 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def elapsed_time(self, end: Any) -> float:
             return 2.5
 
-    class Flush:
+    class Buffer:
+        def __init__(self, *size: int) -> None:
+            self.large = math.prod(size) * 4 >= 2 * Properties.L2_cache_size
+
         def zero_(self) -> None:
-            log.append("flush")
+            assert self.large
+            log.append("overwrite")
 
-    def empty(size: int, dtype: torch.dtype, device: str) -> Flush:
-        assert size >= 2 * Properties.L2_cache_size and device == "cuda"
-        return Flush()
+    def buffer(size: Any, dtype: torch.dtype, device: str) -> Buffer:
+        assert dtype == torch.float32 and device == "cuda"
+        return Buffer(*([size] if isinstance(size, int) else size))
 
-    monkeypatch.setenv(harness.DEVICE_VARIABLE, "cuda")
-    monkeypatch.setattr(torch, "empty", empty)
+    def total(buffer: Buffer, dim: int, out: Buffer) -> None:
+        assert buffer.large and not out.large
+        log.append("read")
+
+    monkeypatch.setenv(clocks.DEVICE_VARIABLE, "cuda")
+    monkeypatch.setattr(torch, "empty", buffer)
+    monkeypatch.setattr(torch, "zeros", buffer)
+    monkeypatch.setattr(torch, "sum", total)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("hold"))
@@ -295,8 +433,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_cuda_rounds_start_cold_and_with_the_launches_queued(cuda: list[str]) -> None:
-    assert harness.rounds(lambda: cuda.append("run"), 2) == [0.0025, 0.0025]
-    once = ["flush", "hold", "event", "run", "event", "wait"]
+    assert clocks.rounds(lambda: cuda.append("run"), 2) == [0.0025, 0.0025]
+    # what was overwritten is written back before the clock starts
+    once = ["overwrite", "read", "hold", "event", "run", "event", "wait"]
     assert cuda == ["wait", "run", "wait", *once, *once]
 
 
@@ -306,10 +445,10 @@ def test_cuda_memory_is_the_growth_of_the_peak(
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: cuda.append("reset"))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 << 20)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 8 << 20)
-    assert harness.cuda_peak_memory(lambda: cuda.append("run")) == 5
+    assert memory.cuda_peak_memory(lambda: cuda.append("run")) == 5
     assert cuda == ["wait", "reset", "run", "wait"]
-    assert harness.wall(lambda: cuda.append("run"), 3) >= 0
-    assert cuda[4:] == ["wait", "run", "run", "run", "wait"]
+    assert clocks.wall(lambda: cuda.append("run"), 0.0) >= 0
+    assert cuda[4:] == ["wait", "run", "wait", *["run"] * 5, "wait"]  # none between the calls
 
 
 def test_registers_are_those_of_the_loaded_kernels(
@@ -352,7 +491,7 @@ def results(kind: str = "cpu") -> dict[str, Any]:
         "floor": harness.Work(500_000, 500_000, 10).floor(RATES),
         "skipped": {"liger": "needs liger_kernel"},
     }
-    about = harness.header("make bench") | {"kind": kind, "capability": "sm_90"}
+    about = tables.header("make bench") | {"kind": kind, "capability": "sm_90"}
     rows = {"first": fast, "second": {"fused": times(1.0)}}
     file = {"threads": 1, "load_before": [0.5], "rows": rows, "failed": {"third": "it is wrong"}}
     return {"name": "summary", "header": about, "files": {"bench_upsample_argmax": file}}
@@ -380,8 +519,8 @@ def test_table_of_a_gpu_has_graph_wall_and_the_time_to_read_the_inputs() -> None
 
 
 def test_report_is_a_function_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "ROOT", tmp_path)
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(processes, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for date, median in (("2026-01-02", 2.0), ("2026-01-03", 4.0)):
         content = results()
         row = content["files"]["bench_upsample_argmax"]["rows"]["first"]
@@ -483,7 +622,7 @@ def test_make_gpu_runs_on_the_cpu_with_tiny_problems(tmp_path: Path) -> None:
     command = [sys.executable, str(gpu.__file__), "--device", "cpu", "--quick"]
     done = subprocess.run(
         [*command, "--parts", "benchmarks", "profile"],
-        env=harness.environment({"OUT": str(tmp_path)}),
+        env=processes.environment({"OUT": str(tmp_path)}),
         capture_output=True,
         text=True,
     )
