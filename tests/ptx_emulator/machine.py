@@ -143,20 +143,16 @@ class Launch:
         lanes = -(-threads // 32) * 32
         ctas = int(np.prod(self.grid))
         per_batch = max(1, MAX_LANES // lanes)
-        executed = np.zeros(len(self.kernel.blocks), np.int64)
-        warps = np.zeros(len(self.kernel.blocks), np.int64)
+        executed = np.zeros(len(self.kernel.blocks), np.int64)  # by how many warps
         for first in range(0, ctas, per_batch):
             batch = Batch(self, first, min(per_batch, ctas - first), threads, lanes)
-            batch.executed, batch.warp_executed = executed, warps
+            batch.executed = executed
             batch.run()
-        counts = Counter()
-        total = 0
-        for block, times, by_warp in zip(self.kernel.blocks, executed, warps, strict=True):
+        counts: Counter[str] = Counter()
+        for block, times in zip(self.kernel.blocks, executed, strict=True):
             for kind, number in block.classes.items():
                 counts[kind] += int(times) * number
-            total += int(by_warp) * len(block.code)
         self.report.statistics.setdefault(self.kernel.name, Counter()).update(counts)
-        self.report.warp_instructions[self.kernel.name] += total
 
 
 class Batch:
@@ -262,8 +258,7 @@ class Batch:
         while True:
             if full_run:  # every lane is here
                 mask, function = None, blocks[pc].full or translator.function(pc, False)
-                self.executed[pc] += self.n
-                self.warp_executed[pc] += self.warps
+                self.executed[pc] += self.warps
             else:
                 if not fragments and not self._unblock(fragments):
                     return
@@ -274,8 +269,7 @@ class Batch:
                     if mask is None:
                         continue
                 count = np.count_nonzero(mask)
-                self.executed[pc] += count
-                self.warp_executed[pc] += np.count_nonzero(mask.reshape(-1, 32).any(1))
+                self.executed[pc] += np.count_nonzero(mask.reshape(-1, 32).any(1))
                 if count == self.n:
                     mask, function = None, blocks[pc].full or translator.function(pc, False)
                     full_run = len(self.ranks) == 1

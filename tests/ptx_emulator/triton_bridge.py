@@ -188,7 +188,7 @@ class Session:
         )
         self.seconds["run"] += time.perf_counter() - start
         if self.on_launch is not None:
-            self.on_launch(function, compiled, kernel, grid)
+            self.on_launch(function, args, kwargs)
         return compiled
 
 
