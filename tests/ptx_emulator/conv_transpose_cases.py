@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
 
 from fcnseg import reference
 from tests.ptx_emulator import launchers
 from tests.ptx_emulator.bilinear_cases import BF16, F16, F32, I64, SHORT, Spoil
 from tests.ptx_emulator.case import ARCHS, Case
 from tests.ptx_emulator.check import Check
-from tests.ptx_emulator.launchers import Loss, launches_on
+from tests.ptx_emulator.launchers import ConvOperands, Loss, launches_on
 
 #: Allowed beyond the tolerance of the result's dtype, by the operands': products of a slope, which
 #: is rounded to it, with the operands.
@@ -65,7 +64,7 @@ def transposed(
         wanted = (True, True, bias)
         upstream = torch.randn(y.shape) + 1 if loss.per_pixel else None
 
-        def operands(kind: torch.dtype) -> tuple[Tensor | None, ...]:
+        def operands(kind: torch.dtype) -> ConvOperands:
             return (
                 x.to(kind),
                 weight.to(kind),
@@ -74,7 +73,7 @@ def transposed(
                 None if class_weight is None else class_weight.to(kind),
             )
 
-        own = (x, weight, y, b if bias else None, class_weight)
+        own: ConvOperands = (x, weight, y, b if bias else None, class_weight)
         with launches_on(check.session):
             ours = launchers.conv_transpose_loss(
                 own, geometry, loss, wanted, upstream, launchers.no_record()

@@ -27,6 +27,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.runtime import driver
 
 from fcnseg.kernels import common
@@ -103,24 +104,22 @@ def conv_transpose_operators(classes: int) -> Iterator[tuple[str, int, Launch]]:
     size = (samples * STRIDE,) * 2
     pixels = size[0] * size[1]
     x, target = make(1, classes, samples, samples, *size, F16)
+
+    def loss(weight: Tensor, geometry: launchers.ConvGeometry) -> Launch:
+        operands = (x, weight, target, None, None)
+        wanted, record = (True, True, False), launchers.no_record()
+        return lambda: launchers.conv_transpose_loss(
+            operands, geometry, Loss(), wanted, None, record
+        )
+
+    def argmax(weight: Tensor, geometry: launchers.ConvGeometry) -> Launch:
+        return lambda: launchers.conv_transpose_argmax_forward(x, weight, None, size, *geometry, U8)
+
     for name, groups in (("full", 1), ("grouped", classes)):
         weight = torch.randn(classes, classes // groups, 2 * STRIDE, 2 * STRIDE).to(F16)
         geometry = ((STRIDE,) * 2, (STRIDE // 2,) * 2, (0, 0), groups, (1, 1), (0, 0))
-        operands = (x, weight, target, None, None)
-        yield (
-            f"conv {name} loss",
-            pixels,
-            lambda operands=operands, geometry=geometry: launchers.conv_transpose_loss(
-                operands, geometry, Loss(), (True, True, False), None, launchers.no_record()
-            ),
-        )
-        yield (
-            f"conv {name} argmax",
-            pixels,
-            lambda weight=weight, geometry=geometry: launchers.conv_transpose_argmax_forward(
-                x, weight, None, size, *geometry, U8
-            ),
-        )
+        yield f"conv {name} loss", pixels, loss(weight, geometry)
+        yield f"conv {name} argmax", pixels, argmax(weight, geometry)
 
 
 class CompilingDriver(FakeDriver):

@@ -45,7 +45,12 @@ __all__ = [
 ]
 
 Geometry = tuple[bool, float | None, float | None]  # align_corners, scale_h, scale_w
-ConvGeometry = tuple[Any, ...]  # stride, padding, output_padding, groups, dilation, crop
+ConvGeometry = tuple[
+    Any, Any, Any, Any, Any, Any
+]  # stride, padding, output_padding, groups, dilation, crop
+ConvOperands = tuple[
+    Any, Any, Any, Any, Any
+]  # input, weight, target, bias or None, class weight or None
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ def bilinear_loss_reference(
 
 
 def conv_transpose_loss(
-    operands: tuple[Any, ...],
+    operands: ConvOperands,
     geometry: ConvGeometry,
     loss: Loss,
     wanted: tuple[bool, bool, bool],
@@ -155,6 +160,7 @@ def conv_transpose_loss(
         *operands, *geometry, loss.ignore_index, loss.reduction, loss.smoothing, wanted, record
     )
     if loss.per_pixel:
+        assert upstream is not None
         gradients = list(
             conv_transpose_cross_entropy_backward(
                 upstream, *operands, *geometry, loss.ignore_index, loss.smoothing, wanted
@@ -164,7 +170,7 @@ def conv_transpose_loss(
 
 
 def conv_transpose_loss_reference(
-    operands: tuple[Any, ...],
+    operands: ConvOperands,
     geometry: ConvGeometry,
     loss: Loss,
     wanted: tuple[bool, bool, bool],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
@@ -11,7 +13,7 @@ where, copyto, full = np.where, np.copyto, np.full
 TINY = f4(2.0**-126)
 
 
-def ftz(x):
+def ftz(x: Any) -> Any:
     """Subnormal float32 -> zero of its sign."""
     small = np.abs(x) < TINY
     if small.any():
@@ -19,17 +21,17 @@ def ftz(x):
     return x
 
 
-def sat(x):
+def sat(x: Any) -> Any:
     """To [0, 1], NaN to 0."""
     return np.fmax(np.fmin(x, x.dtype.type(1)), x.dtype.type(0))
 
 
-def fma32(a, b, c):
+def fma32(a: Any, b: Any, c: Any) -> Any:
     """One rounding, but for ties of the sum in float64: the product is exact there."""
     return (np.multiply(a, b, dtype=f8) + c).astype(f4)
 
 
-def fma64(a, b, c):
+def fma64(a: Any, b: Any, c: Any) -> Any:
     """One rounding: error-free product and sum, then the sum of the parts."""
     a, b, c = np.broadcast_arrays(*(np.asarray(x, f8) for x in (a, b, c)))
     split = 134217729.0
@@ -47,22 +49,22 @@ def fma64(a, b, c):
     return where(np.isfinite(exact), exact, s)
 
 
-def fma16(a, b, c):
+def fma16(a: Any, b: Any, c: Any) -> Any:
     return (a.astype(f8) * b.astype(f8) + c.astype(f8)).astype(f2)
 
 
-def from_bf16(x):
+def from_bf16(x: Any) -> Any:
     return (x.astype(u4) << 16).view(f4)
 
 
-def to_bf16(x, mode="rn"):
+def to_bf16(x: Any, mode: str = "rn") -> Any:
     """float32 -> bits of bfloat16."""
     bits = np.ascontiguousarray(x, f4).view(u4)
     out = (bits if mode == "rz" else bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return where(np.isnan(x), u4(0x7FFF), out).astype(u2)
 
 
-def bf16_of_f64(x):
+def bf16_of_f64(x: Any) -> Any:
     """One rounding: to odd in float32 first."""
     near = x.astype(f4)
     bits = near.view(u4).copy()
@@ -74,13 +76,13 @@ def bf16_of_f64(x):
     return to_bf16(bits.view(f4))
 
 
-def to_tf32(x):
+def to_tf32(x: Any) -> Any:
     """rna: nearest, ties away from zero."""
     bits = x.view(u4)
     return where(np.isfinite(x), (bits + 0x1000) & u4(0xFFFFE000), bits)
 
 
-def fmin(a, b):
+def fmin(a: Any, b: Any) -> Any:
     out = np.fmin(a, b)
     zero = out == 0
     if zero.any():  # -0 < +0
@@ -89,7 +91,7 @@ def fmin(a, b):
     return out
 
 
-def fmax(a, b):
+def fmax(a: Any, b: Any) -> Any:
     out = np.fmax(a, b)
     zero = out == 0
     if zero.any():
@@ -98,15 +100,15 @@ def fmax(a, b):
     return out
 
 
-def fmin_nan(a, b):
+def fmin_nan(a: Any, b: Any) -> Any:
     return where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), fmin(a, b))
 
 
-def fmax_nan(a, b):
+def fmax_nan(a: Any, b: Any) -> Any:
     return where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), fmax(a, b))
 
 
-def div_int(a, b):
+def div_int(a: Any, b: Any) -> Any:
     """Towards zero; all ones where b is 0."""
     zero = b == 0
     if a.dtype.kind == "u":
@@ -119,13 +121,13 @@ def div_int(a, b):
     return where(zero, a.dtype.type(-1 if a.dtype.kind == "i" else np.iinfo(a.dtype).max), out)
 
 
-def rem_int(a, b):
+def rem_int(a: Any, b: Any) -> Any:
     zero = b == 0
     safe = where(zero, a.dtype.type(1), b)
     return where(zero, a, a - div_int(a, safe) * safe)
 
 
-def mul_hi(a, b):
+def mul_hi(a: Any, b: Any) -> Any:
     kind = a.dtype
     if kind.itemsize <= 4:
         wide = np.dtype(f"{kind.kind}8")
@@ -143,7 +145,7 @@ def mul_hi(a, b):
     return high.view(kind)
 
 
-def to_int(x, kind, mode):
+def to_int(x: Any, kind: Any, mode: str) -> Any:
     """Float -> integer, saturating, NaN to 0."""
     x = x.astype(f8)
     if mode == "rzi":
@@ -162,13 +164,13 @@ def to_int(x, kind, mode):
     return where(nan, kind(0), out).astype(kind)
 
 
-def round_to_integral(x, mode):
+def round_to_integral(x: Any, mode: str) -> Any:
     kind = x.dtype
     done = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[mode](x)
     return done.astype(kind)
 
 
-def narrow(x, mode):
+def narrow(x: Any, mode: str) -> Any:
     """float64 -> float32 with rounding mode rn, rz, rm or rp."""
     near = x.astype(f4)
     if mode == "rn":
@@ -184,7 +186,7 @@ def narrow(x, mode):
     return where(fix & np.isfinite(x), np.nextafter(near, towards), near)
 
 
-def approx(function, x, flush):
+def approx(function: Any, x: Any, flush: bool) -> Any:
     """Through float64, rounded once: better than the device, within its documented bound."""
     if flush:
         x = ftz(x)
@@ -192,22 +194,22 @@ def approx(function, x, flush):
     return ftz(out) if flush else out
 
 
-def rsqrt(x):
+def rsqrt(x: Any) -> Any:
     return 1.0 / np.sqrt(x)
 
 
-def rcp(x):
+def rcp(x: Any) -> Any:
     return 1.0 / x
 
 
 POPCOUNT = np.array([bin(i).count("1") for i in range(256)], u4)
 
 
-def popc(x):
+def popc(x: Any) -> Any:
     return POPCOUNT[x.view(u1).reshape(len(x), -1)].sum(1, dtype=u4)
 
 
-def clz(x):
+def clz(x: Any) -> Any:
     bits = 8 * x.dtype.itemsize
     out = np.full(len(x), bits, u4)
     for bit in range(bits):
@@ -215,7 +217,7 @@ def clz(x):
     return out
 
 
-def bfind(x, signed, shiftamt):
+def bfind(x: Any, signed: bool, shiftamt: bool) -> Any:
     if signed:
         x = where(x.view(f"i{x.dtype.itemsize}") < 0, ~x, x)
     lead = clz(x)
@@ -224,7 +226,7 @@ def bfind(x, signed, shiftamt):
     return where(none, u4(0xFFFFFFFF), lead if shiftamt else bits - u4(1) - lead)
 
 
-def brev(x):
+def brev(x: Any) -> Any:
     kind = x.dtype.type
     out = np.zeros_like(x)
     bits = 8 * x.dtype.itemsize
@@ -233,7 +235,7 @@ def brev(x):
     return out
 
 
-def bfe(x, start, length):
+def bfe(x: Any, start: Any, length: Any) -> Any:
     """x signed or unsigned; start, length uint32."""
     bits = 8 * x.dtype.itemsize
     start = np.broadcast_to(np.asarray(start, i8) & 255, x.shape)
@@ -251,7 +253,7 @@ def bfe(x, start, length):
     return field.astype(f"u{x.dtype.itemsize}").view(x.dtype)
 
 
-def bfi(a, b, start, length):
+def bfi(a: Any, b: Any, start: Any, length: Any) -> Any:
     bits = 8 * b.dtype.itemsize
     start = np.broadcast_to(np.asarray(start, i8) & 255, b.shape)
     length = np.minimum(np.broadcast_to(np.asarray(length, i8) & 255, b.shape), bits)
@@ -262,7 +264,7 @@ def bfi(a, b, start, length):
     return out.astype(b.dtype)
 
 
-def prmt(a, b, selector):
+def prmt(a: Any, b: Any, selector: Any) -> Any:
     """Bytes of (b, a) picked by four selector nibbles; the nibble's top bit copies the sign."""
     a, b, selector = np.broadcast_arrays(a, b, selector)
     both = a.astype(u8) | (b.astype(u8) << u8(32))
@@ -275,7 +277,7 @@ def prmt(a, b, selector):
     return out
 
 
-def lop3(a, b, c, table):
+def lop3(a: Any, b: Any, c: Any, table: int) -> Any:
     out = np.zeros(np.broadcast(a, b, c).shape, u4)
     for k in range(8):
         if table >> k & 1:
@@ -283,7 +285,7 @@ def lop3(a, b, c, table):
     return out
 
 
-def funnel(a, b, amount, left, clamp):
+def funnel(a: Any, b: Any, amount: Any, left: bool, clamp: bool) -> Any:
     """shf: the words (b, a) shifted; high word for left, low word for right."""
     n = np.asarray(amount).astype(u4)
     n = np.minimum(n, u4(32)) if clamp else n & u4(31)
@@ -293,30 +295,30 @@ def funnel(a, b, amount, left, clamp):
     return (both >> n.astype(u8)).astype(u4)
 
 
-def combine(low, high):
+def combine(low: Any, high: Any) -> Any:
     return low.astype(u8) | (high.astype(u8) << u8(32))
 
 
 # --- matrix fragments -----------------------------------------------------------------------------
 
 
-def _lanes():
+def _lanes() -> tuple[Any, Any]:
     lane = np.arange(32)
     return lane >> 2, lane & 3
 
 
-def _halves(register, kind):
+def _halves(register: Any, kind: str) -> Any:
     """[warps, 32, 2] float64 from packed 16-bit pairs."""
     pair = np.ascontiguousarray(register).view(u2).reshape(-1, 32, 2)
     return (from_bf16(pair) if kind == "bf16" else pair.view(f2)).astype(f8)
 
 
-def _words(register):
+def _words(register: Any) -> Any:
     """[warps, 32] float64 from TF32: the tensor core ignores the low 13 bits."""
     return (register.view(u4) & u4(0xFFFFE000)).view(f4).reshape(-1, 32).astype(f8)
 
 
-def fragment_a(registers, kind):
+def fragment_a(registers: list[Any], kind: str) -> Any:
     """A [warps, 16, k] of mma.m16n8k* from its registers."""
     row, quad = _lanes()
     if kind == "tf32":
@@ -332,7 +334,7 @@ def fragment_a(registers, kind):
     return out
 
 
-def fragment_b(registers, kind):
+def fragment_b(registers: list[Any], kind: str) -> Any:
     """B [warps, k, 8]."""
     column, quad = _lanes()
     step = 4 if kind == "tf32" else 8
@@ -347,7 +349,7 @@ def fragment_b(registers, kind):
     return out
 
 
-def mma(kind, accumulator, a, b, c):
+def mma(kind: str, accumulator: str, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
     """Registers of D = A B + C for mma.m16n8k*: sums in float64, rounded once."""
     product = fragment_a(a, kind) @ fragment_b(b, kind)
     row, quad = _lanes()

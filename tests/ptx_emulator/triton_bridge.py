@@ -15,19 +15,22 @@ import inspect
 import os
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 import triton
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
-from tests.ptx_emulator.machine import Kernel
-from tests.ptx_emulator.memory import Memory
+from tests.ptx_emulator.kernel import Kernel
+from tests.ptx_emulator.memory import Array, Memory
 from tests.ptx_emulator.report import Report
 
 EMPTY = ("aten.empty", "aten.new_empty")
@@ -44,16 +47,16 @@ class FakeDriver:
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
 
-    def get_current_target(self):
+    def get_current_target(self) -> GPUTarget:
         return self.target
 
-    def get_current_device(self):
+    def get_current_device(self) -> int:
         return self.target.arch  # a device key of its own, so that caches do not mix
 
-    def get_current_stream(self, device=None):
+    def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
-    def get_active_torch_device(self):
+    def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
 
@@ -64,7 +67,9 @@ class _Allocations(TorchDispatchMode):
         super().__init__()
         self.session = session
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         if str(function).startswith(EMPTY) and isinstance(out, torch.Tensor):
             if out.device.type == "cpu" and out.numel():
@@ -89,9 +94,9 @@ class Session:
         arch: int,
         races: bool = True,
         approx_noise: int = 0,
-        on_launch=None,
+        on_launch: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None,
         schedule: str = "lockstep",
-        transform=None,
+        transform: Callable[[str, str], str] | None = None,
     ) -> None:
         """``transform(name, ptx)`` may change the PTX of a kernel before it is translated."""
         self.arch = arch
@@ -101,7 +106,8 @@ class Session:
         self.report = Report()
         self.memory = Memory()
         self.kernels: dict[str, Kernel] = {}
-        self.seconds: Counter = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.original: Any = triton.JITFunction.run
 
     def forget(self) -> None:
         """Drop all memory and findings, keep compiled kernels."""
@@ -122,7 +128,7 @@ class Session:
             self._bytes(buffer.defined, tensor)[...] = 1
 
     @staticmethod
-    def _bytes(mask, tensor):
+    def _bytes(mask: Array, tensor: Tensor) -> Array:
         item = tensor.element_size()
         return np.lib.stride_tricks.as_strided(
             mask[tensor.storage_offset() * item :],
@@ -141,7 +147,8 @@ class Session:
 
     # -- launches
 
-    def run(self, function, args, kwargs, grid):
+    def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], grid: Any) -> Any:
+        """Compiles what ``function[grid](*args, **kwargs)`` would, and runs it in the emulator."""
         start = time.perf_counter()
         compiled = self.original(function, *args, grid=grid, warmup=True, **kwargs)
         self.seconds["compile"] += time.perf_counter() - start
@@ -193,13 +200,15 @@ class Session:
 
 
 @contextlib.contextmanager
-def emulate(arch: int = 90, session: Session | None = None, track_empty: bool = True, **options):
+def emulate(
+    arch: int = 90, session: Session | None = None, track_empty: bool = True, **options: Any
+) -> Iterator[Session]:
     """Everything that Triton launches inside goes to the emulator."""
     session = session or Session(arch, **options)
     before, session.original = driver._active, triton.JITFunction.run
     make_cubin, cache = CUDABackend.make_cubin, knobs.cache.dir
 
-    def run(function, *args, grid, warmup, **kwargs):
+    def run(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         if warmup:
             return session.original(function, *args, grid=grid, warmup=True, **kwargs)
         return session.run(function, args, kwargs, grid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 import triton
@@ -25,7 +26,15 @@ def softmax_kernel(x_ptr, y_ptr, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def matmul_kernel(a_ptr, b_ptr, c_ptr, K, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+def matmul_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    K,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     m, n, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK)
     acc = tl.zeros([M, N], tl.float32)
     for start in range(0, K, BLOCK):
@@ -116,7 +125,7 @@ def check_sound(arch: int) -> None:
 
 
 def check_faults() -> None:
-    def kinds(launch) -> set[str]:
+    def kinds(launch: Callable[[], object]) -> set[str]:
         with emulate(90) as session:
             launch()
         return {f.kind for f in session.report.faults()}

@@ -11,9 +11,16 @@ A descriptor holds start address / 16 (14 bits), leading and stride byte offset 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
+from tests.ptx_emulator.memory import Array
+from tests.ptx_emulator.parser import Instruction
 from tests.ptx_emulator.semantics import f2, f4, f8, fragment_a, from_bf16, u4
+
+if TYPE_CHECKING:
+    from tests.ptx_emulator.lanes import Lanes
 
 SWIZZLE = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}  # row bytes, mask of XORed bits
 
@@ -21,11 +28,11 @@ SWIZZLE = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}  # row bytes, mask o
 class Queue:
     """Operands that issued instructions may still read, and who fenced when."""
 
-    def __init__(self, batch) -> None:
+    def __init__(self, batch: Lanes) -> None:
         self.batch = batch
         size = len(batch.shared.data) // 4
         self.reading = np.zeros(size, np.int32)
-        self.groups: list[list] = [[]]
+        self.groups: list[list[tuple[Array, Array]]] = [[]]
         self.step = 1
         self.write_step = np.zeros(size, np.int64)
         self.writer = np.zeros(size, np.int64)
@@ -34,7 +41,7 @@ class Queue:
 
     # -- what stores and fences report
 
-    def note_write(self, ins, offsets, width, lanes) -> None:
+    def note_write(self, ins: Instruction, offsets: Array, width: int, lanes: Array) -> None:
         words = offsets[:, None] // 4 + np.arange(max(1, width // 4))
         words = words.clip(0, len(self.writer) - 1)  # what lies outside is reported elsewhere
         self.step += 1
@@ -54,17 +61,17 @@ class Queue:
                     ),
                 )
 
-    def fence(self, mask) -> None:
+    def fence(self, mask: Array | None) -> None:
         self.step += 1
         if mask is None:
             self.fence_step[:] = self.step
         else:
             self.fence_step[mask] = self.step
 
-    def commit(self, mask) -> None:
+    def commit(self, mask: Array | None) -> None:
         self.groups.append([])
 
-    def wait(self, mask, count) -> None:
+    def wait(self, mask: Array | None, count: int) -> None:
         last = max(0, len(self.groups) - 1 - count)
         for group in self.groups[:last]:
             for index, (lanes, words) in enumerate(group):
@@ -77,7 +84,17 @@ class Queue:
 
     # -- the product
 
-    def matrix(self, ins, descriptor, firsts, rows, depth, kind, transposed, split):
+    def matrix(
+        self,
+        ins: Instruction,
+        descriptor: Array,
+        firsts: Array,
+        rows: int,
+        depth: int,
+        kind: str,
+        transposed: int,
+        split: bool,
+    ) -> Array:
         """[groups, rows, depth] float64 from shared memory; ``split``: a quarter of the rows for
         each warp, else all rows for all warps."""
         batch = self.batch
@@ -104,16 +121,16 @@ class Queue:
             batch.found("shared memory out of bounds", ins, (~inside).sum(), None)
             address = np.where(inside, address, 0)
         offsets = address + batch.shared_base[firsts][:, None, None]
-        self._check(ins, offsets, firsts, rows, split)
+        self._check(ins, offsets, firsts, split)
         values = batch.shared.view(size)[offsets // size]
         if kind == "tf32":
             return (values & u4(0xFFFFE000)).view(f4).astype(f8)
         return (from_bf16(values) if kind == "bf16" else values.view(f2)).astype(f8)
 
-    def _check(self, ins, offsets, firsts, rows, split) -> None:
+    def _check(self, ins: Instruction, offsets: Array, firsts: Array, split: bool) -> None:
         batch = self.batch
         words = offsets // 4
-        known = batch.shared.defined[offsets]
+        known = batch.shared_defined[offsets]
         if (known == 0).any():
             batch.found(
                 "uninitialised shared memory",
@@ -144,7 +161,19 @@ class Queue:
         np.add.at(self.reading, all_words.reshape(-1), 1)
         self.groups[-1].append((firsts, all_words))
 
-    def multiply(self, ins, mask, shape, kind, d, a, b, scale, signs, transposes):
+    def multiply(
+        self,
+        ins: Instruction,
+        mask: Array | None,
+        shape: tuple[int, int, int],
+        kind: str,
+        d: list[Array],
+        a: Any,
+        b: Array,
+        scale: Any,
+        signs: tuple[int, int],
+        transposes: tuple[int, int],
+    ) -> list[Array]:
         """New registers d: D = A B (+ D where scale); a: four registers or a descriptor."""
         batch = self.batch
         self.used = True
