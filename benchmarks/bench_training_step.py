@@ -6,86 +6,60 @@ On a CPU (2 threads, batch 2, 512x512, output stride 8): time of a step, peak me
 of the head and the loss, forward and backward. The step is cut at the trunk's features, which
 changes no result, so that its pieces can be timed.
 
-    python benchmarks/bench_training_step.py --device cuda [--batches 2 4 8 16] [--largest]
+    python benchmarks/bench_training_step.py --device cuda [--seconds 400] [--precision bf16|fp16]
+        [--tf32] [--memory-cap 72]
 
-On a GPU: images/s and peak memory of PyTorch's step in fp32 and under autocast, and of what is
-added to it one by one: channels_last, the fused loss, the CUDA graph, the compiled trunk.
+On a GPU, the last part but one of ``make gpu-train``: images/s and peak memory of PyTorch's step in
+fp32 and under autocast, and of what is added to it one by one: channels_last, the fused loss, the
+CUDA graph, the compiled trunk; and the largest batch that fits a memory cap (GiB, the same on every
+card). How: training_configurations.py. Every configuration is a job under a deadline (jobs.py), in
+order of worth (:func:`plan`); its figures are in the file of results as soon as it ends, in $OUT or
+in results/. What found no time is named there.
+
+    python benchmarks/bench_training_step.py --device cpu --quick
+
+rehearses the jobs of the GPU with a tiny network on the CPU; the results go to $OUT, if it is set.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import header, require_compiled
+from clocks import DEVICE_VARIABLE
+from harness import require_compiled
+from jobs import HEADER, Job, Results, run_jobs
+from processes import environment
+from tables import header, write
 from torch import Tensor
-from torch.nn import functional as F
-
-import fcnseg
-from fcnseg.graphs import GraphedTrainStep, TrainStep
-from fcnseg.models import FCN, fcn_resnet101
-
-
-def eager_loss(logits: Tensor, target: Tensor) -> Tensor:
-    full = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(full, target, ignore_index=255)
-
-
-def fused_loss(logits: Tensor, target: Tensor) -> Tensor:
-    return fcnseg.upsample_cross_entropy(logits, target, ignore_index=255)
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"eager": eager_loss, "fused": fused_loss}
-
-
-def inputs(batch: int, classes: int, size: tuple[int, int], device: str) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, 3, *size, generator=generator)
-    blocks = torch.randint(0, classes, (batch, size[0] // 16, size[1] // 16), generator=generator)
-    target = blocks.repeat_interleave(16, 1).repeat_interleave(16, 2)
-    target[:, :16] = 255
-    return x.to(device), target.to(device)
-
-
-def network(classes: int, device: str, *, channels_last: bool) -> FCN:
-    torch.manual_seed(0)
-    model = fcn_resnet101(classes, output_stride=8).to(device)
-    for module in model.modules():  # equal draws are not part of the step
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model.to(memory_format=torch.channels_last) if channels_last else model  # type: ignore[call-overload]
-
-
-def sgd(model: FCN) -> torch.optim.SGD:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, fused=True)
-    for parameter in model.parameters():  # made by the first step otherwise: it is to be like all
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
-
+from training_configurations import (
+    CONFIGURATIONS,
+    LOSSES,
+    PRECISIONS,
+    Network,
+    inputs,
+    network,
+    peak_memory,
+    reset_peak,
+    sgd,
+)
+from training_table import line, table, title
 
 # -- CPU -------------------------------------------------------------------------------------------
 
 
-def peak_memory() -> float:
-    """GB, resident, since the last :func:`reset_peak`."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-
-
-def reset_peak() -> None:
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
+CPU_TOLERANCE = 1e-3  # of the losses of each step, relative
 
 
 def cpu_step(
-    model: FCN, optimizer: torch.optim.SGD, name: str, x: Tensor, target: Tensor
+    model: Network, optimizer: torch.optim.SGD, name: str, x: Tensor, target: Tensor
 ) -> dict[str, float]:
     """Seconds of the step and of the head and loss in it; GB beyond weights and momentum; loss."""
     reset_peak()
@@ -100,15 +74,15 @@ def cpu_step(
     features.backward(cut.grad)
     optimizer.step()
     stop = time.perf_counter()
-    memory = peak_memory() - before
+    memory = (peak_memory() - before) / 1e9
     optimizer.zero_grad(set_to_none=True)
     return {"step": stop - start, "head": end - begin, "memory": memory, "loss": loss.item()}
 
 
 def loss_alone(classes: int, repeats: int, size: tuple[int, int]) -> dict[str, dict[str, float]]:
     """The loss alone, forward and backward, on the head's logits; GB beyond what was there."""
-    model = network(classes, "cpu", channels_last=True)
-    _, target = inputs(2, classes, size, "cpu")
+    model = network(classes, channels_last=True)
+    _, target = inputs(2, classes, size)
     features = torch.randn(2, 2048, size[0] // 8, size[1] // 8).relu_()
     features = features.contiguous(memory_format=torch.channels_last)
     found = {}
@@ -122,7 +96,7 @@ def loss_alone(classes: int, repeats: int, size: tuple[int, int]) -> dict[str, d
             start = time.perf_counter()
             loss(logits, target).backward()
             seconds.append(time.perf_counter() - start)
-            memory = peak_memory() - before
+            memory = (peak_memory() - before) / 1e9
         found[name] = {"loss": statistics.median(seconds[1:]), "memory": memory}
     return found
 
@@ -132,20 +106,21 @@ def on_cpu(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(2)
     rows = []
     for classes in args.classes:
-        x, target = inputs(2, classes, args.size, "cpu")
+        x, target = inputs(2, classes, args.size)
         x = x.contiguous(memory_format=torch.channels_last)
         alone = loss_alone(classes, args.repeats, args.size)
         steps: dict[str, list[dict[str, float]]] = {name: [] for name in LOSSES}
         models = {}
         for name in LOSSES:  # alike in the weights at every step
-            model = network(classes, "cpu", channels_last=True)
+            model = network(classes, channels_last=True)
             models[name] = (model, sgd(model))
         for _ in range(args.repeats):
             for name in LOSSES:
                 steps[name].append(cpu_step(*models[name], name, x, target))
         for eager, fused in zip(steps["eager"], steps["fused"], strict=True):
             difference = abs(eager["loss"] - fused["loss"])
-            assert difference <= 1e-3 * eager["loss"], (eager["loss"], fused["loss"])
+            if not difference <= CPU_TOLERANCE * eager["loss"]:
+                raise SystemExit(f"the losses differ: {eager['loss']}, fused {fused['loss']}")
         for name, values in steps.items():
             row: dict[str, Any] = {"classes": classes, "loss by": name}
             for key in ("step", "head", "memory"):
@@ -166,125 +141,173 @@ def on_cpu(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 # -- GPU -------------------------------------------------------------------------------------------
 
-# Each line adds to the one before.
-MODES: dict[str, dict[str, bool]] = {"eager fp32": {}, "eager AMP": {"amp": True}}
-for _name in ("channels_last", "fused", "graph", "compiled"):
-    MODES["+ " + _name] = list(MODES.values())[-1] | {_name: True}
+GIB = 1 << 30
+LARGE, SMALL = (512, 1024), (512, 512)
+#: (classes, size, batch), in order of worth.
+PROBLEMS = [
+    (19, LARGE, 2),
+    (19, LARGE, 16),
+    (150, SMALL, 16),
+    (150, SMALL, 8),
+    (19, LARGE, 8),
+]
+COMPILED = "+ compiled trunk"
+EAGER = [name for name in CONFIGURATIONS if name != COMPILED]
+#: Whose largest batches are compared.
+FITTED = ["eager AMP", "+ fused loss"]
+# Seconds: a job is ended after the first, not begun with less than the second.
+LIMITS = {"measure": (75.0, 12.0), "compiled": (150.0, 60.0), "largest": (75.0, 25.0)}
 
 
-def gpu_step(
-    classes: int, *, amp: bool = False, channels_last: bool = False, fused: bool = False,
-    graph: bool = False, compiled: bool = False,
-) -> tuple[TrainStep, Callable[..., Tensor]]:  # fmt: skip
-    model = network(classes, "cuda", channels_last=channels_last).train()
-    if compiled:
-        model.backbone.compile()
-    loss = LOSSES["fused" if fused else "eager"]
-
-    def objective(x: Tensor, target: Tensor) -> Tensor:
-        return loss(model.low_resolution(x)["out"], target)
-
-    step = TrainStep(
-        objective, sgd(model), [1.0], torch.device("cuda"),
-        autocast=torch.bfloat16 if amp else None,
-    )  # fmt: skip
-    return step, GraphedTrainStep(step) if graph else step
+Problem = tuple[int, tuple[int, int], int]
 
 
-def gpu_time(run: Callable[..., Tensor], x: Tensor, target: Tensor, seconds: float = 3.0) -> float:
-    """Median seconds of a step."""
-    for _ in range(6):
-        run(x, target)
-    torch.cuda.synchronize()
-    times, begin = [], time.perf_counter()
-    while time.perf_counter() - begin < seconds or len(times) < 10:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()  # type: ignore[no-untyped-call]
-        run(x, target)
-        end.record()  # type: ignore[no-untyped-call]
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return statistics.median(times)
+def plan(args: argparse.Namespace) -> list[Job]:
+    """The jobs in order of worth.
+
+    What compiles nothing comes first of each problem, for a compilation takes as long as five of
+    the others: the two batches of 19 classes, whose figures count most; then the compiled trunk at
+    batch 2, where launches are most of the step; 150 classes; the largest batches; the rest.
+    """
+    two, sixteen, many, fewer, eight = PROBLEMS
+    command = " ".join(["python", f"benchmarks/{Path(__file__).name}", *sys.argv[1:]])
+    return [
+        Job(HEADER, {"command": command}, *LIMITS["measure"], _group(two)),
+        *_measured(args, two, EAGER),
+        *_measured(args, sixteen, EAGER),
+        *_measured(args, two, [COMPILED]),
+        *_measured(args, many, EAGER),
+        *_fitted(args, two),
+        *_fitted(args, many),
+        *_measured(args, sixteen, [COMPILED]),
+        *_measured(args, fewer, EAGER),
+        *_measured(args, eight, EAGER),
+        *_measured(args, many, [COMPILED]),
+        *_measured(args, fewer, [COMPILED]),
+        *_measured(args, eight, [COMPILED]),
+    ]
 
 
-def measure(mode: str, classes: int, batch: int, size: tuple[int, int]) -> dict[str, Any] | None:
-    """Images/s, peak GB and the first losses; None where the memory does not suffice."""
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        _, run = gpu_step(classes, **MODES[mode])
-        x, target = inputs(batch, classes, size, "cuda")
-        if MODES[mode].get("channels_last"):
-            x = x.contiguous(memory_format=torch.channels_last)
-        losses = [run(x, target).item() for _ in range(8)]
-        rate = batch / gpu_time(run, x, target)
-    except torch.OutOfMemoryError:
-        return None
-    if isinstance(run, GraphedTrainStep) and run.reason is not None:
-        raise RuntimeError(f"{mode}: no graph: {run.reason}")
+def _group(problem: Problem) -> str:
+    return f"{problem[0]} classes, batch {problem[2]}"
+
+
+def _common(args: argparse.Namespace, problem: Problem) -> dict[str, Any]:
+    classes, size, _ = problem
+    shrink = 16 if args.quick else 1
     return {
-        "mode": mode, "classes": classes, "batch": batch, "images_per_second": rate,
-        "memory": torch.cuda.max_memory_allocated() / 1e9, "losses": losses,
-    }  # fmt: skip
+        "classes": classes,
+        "size": [size[0] // shrink, size[1] // shrink],
+        "precision": args.precision,
+        "tf32": args.tf32,
+        "tiny": args.quick,
+    }
 
 
-def largest_batch(mode: str, classes: int, size: tuple[int, int]) -> int:
-    """By doubling, then by halving the gap."""
-    low, high = 0, 1
-    while measure(mode, classes, high, size) is not None:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if measure(mode, classes, middle, size) is None:
-            high = middle
-        else:
-            low = middle
-    return low
+def _measured(args: argparse.Namespace, problem: Problem, names: Sequence[str]) -> list[Job]:
+    jobs = []
+    for name in names:
+        kind = "compiled" if name == COMPILED else "measure"
+        arguments = {
+            "kind": "measure",
+            "configuration": name,
+            "batch": problem[2],
+            "seconds": 0.05 if args.quick else args.step_seconds,
+            **_common(args, problem),
+        }
+        group = _group(problem) + (", compiled" if name == COMPILED else "")
+        jobs.append(Job(title(arguments), arguments, *LIMITS[kind], group, kind))
+    return jobs
 
 
-def on_gpu(args: argparse.Namespace) -> list[dict[str, Any]]:
-    print("| classes | size | batch | step | images/s | peak, GB |\n|---|---|---|---|---|---|")
-    rows = []
-    for classes in args.classes:
-        size = (512, 1024) if classes == 19 else (512, 512)
-        for batch in args.batches:
-            for mode in MODES:
-                row = measure(mode, classes, batch, size)
-                head = f"| {classes} | {size[0]}x{size[1]} | {batch} | {mode} |"
-                if row is None:
-                    print(head, "out of memory | |")
-                    continue
-                rows.append(row)
-                print(head, f"{row['images_per_second']:.1f} | {row['memory']:.2f} |", flush=True)
-        if args.largest:
-            for mode in ("eager AMP", "+ fused", "+ graph"):
-                batch = largest_batch(mode, classes, size)
-                rows.append({"mode": mode, "classes": classes, "largest_batch": batch})
-                print(f"| {classes} | {size[0]}x{size[1]} | largest: {batch} | {mode} | | |")
-    return rows
+def _fitted(args: argparse.Namespace, problem: Problem) -> list[Job]:
+    jobs = []
+    for name in FITTED:
+        arguments = {
+            "kind": "largest",
+            "configuration": name,
+            "capacity": args.memory_cap * GIB,
+            "most": 4 if args.quick else 1024,
+            **_common(args, problem),
+        }
+        named = title(arguments)
+        jobs.append(Job(named, arguments, *LIMITS["largest"], named, "largest"))
+    return jobs
 
 
-def main() -> None:
+def with_expected(job: Job, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The job's arguments, with the losses that it must agree with where ``rows`` know them."""
+    given = dict(job.arguments)
+    if given.get("kind") == "measure":
+        known = [
+            row["losses"]
+            for row in rows
+            if all(row.get(key) == given[key] for key in ("classes", "size", "batch"))
+            and not CONFIGURATIONS[row["configuration"]].get("fused")
+            and "losses" in row
+        ]
+        given["expected"] = known[-1] if known else None
+    return given
+
+
+def on_gpu(args: argparse.Namespace) -> int:
+    """Does the jobs; 1 if one of them failed."""
+    jobs = plan(args)
+    settings = {
+        "precision": f"AMP in {args.precision}",
+        "tf32": "on" if args.tf32 else "off",
+        "memory_cap_gib": args.memory_cap,
+    }
+    path = args.output
+    if path is None and args.quick and not os.environ.get("OUT"):
+        path = False  # a rehearsal has no figures to keep
+    results = Results("training", jobs, settings, line, path)
+    # more threads would wait for each other on a machine that has other work
+    threads = {"OMP_NUM_THREADS": "1"} if args.device == "cpu" else {}
+    run_jobs(
+        "training_configurations:do",
+        jobs,
+        args.seconds,
+        results.keep,
+        environment=environment({DEVICE_VARIABLE: args.device, **threads}),
+        arguments=lambda job: with_expected(job, results.rows),
+    )
+    print(f"\n{table(results.content())}")
+    if results.path:
+        print(f"\n{os.path.relpath(results.path)}")
+    return int(any("failed" in row for row in results.rows))
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--classes", type=int, nargs="+", default=[19, 150])
-    parser.add_argument("--repeats", type=int, default=3, help="steps timed on a CPU")
-    parser.add_argument("--size", type=int, nargs=2, default=(512, 512), help="on a CPU")
-    parser.add_argument("--batches", type=int, nargs="+", default=[2, 4, 8, 16], help="on a GPU")
-    parser.add_argument("--largest", action="store_true", help="largest batches on a GPU")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    cpu = parser.add_argument_group("on a CPU")
+    cpu.add_argument("--classes", type=int, nargs="+", default=[19, 150])
+    cpu.add_argument("--repeats", type=int, default=3, help="steps that are timed")
+    cpu.add_argument("--size", type=int, nargs=2, default=(512, 512))
+    gpu = parser.add_argument_group("on a GPU")
+    gpu.add_argument("--seconds", type=float, default=480, help="of all jobs")
+    gpu.add_argument("--step-seconds", type=float, default=2, help="of timed steps, each job")
+    gpu.add_argument("--precision", choices=list(PRECISIONS), default="bf16", help="of AMP")
+    gpu.add_argument("--tf32", action="store_true", help="for the float32 products")
+    gpu.add_argument("--memory-cap", type=float, default=72, help="GiB, for the largest batch")
+    gpu.add_argument("--quick", action="store_true", help="tiny problems: a test of the code")
     args = parser.parse_args()
-    args.size = tuple(args.size)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device is available")
+    if args.device == "cpu" and args.precision == "fp16":
+        parser.error("--precision fp16: it needs a CUDA device; on the CPU use bf16")
+    os.environ[DEVICE_VARIABLE] = args.device
+    if args.device == "cuda" or args.quick:
+        return on_gpu(args)
     about = header()
-    if args.device == "cuda":
-        about["device"] = torch.cuda.get_device_name()
     print("; ".join(f"{key} {about[key]}" for key in ("device", "torch", "commit", "date")))
-    rows = on_gpu(args) if args.device == "cuda" else on_cpu(args)
+    rows = on_cpu(args)
     if args.output is not None:
-        args.output.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+        write(args.output, about | {"rows": rows})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
