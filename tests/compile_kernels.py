@@ -210,7 +210,7 @@ def _argmax(arch: int) -> Iterator[Configuration]:
         for kernel, arguments in recorded(
             arch, upsample_argmax.upsample_argmax_forward, logits, size, *PLAIN, labels
         ):
-            yield f"{_short(dtype)} {_short(labels)} x{factor:g}", kernel, arguments, 208
+            yield f"{_short(dtype)} {_short(labels)} x{factor:g}", kernel, arguments, 168
 
 
 def _confusion_matrix(arch: int) -> Iterator[Configuration]:

@@ -396,6 +396,33 @@ def test_argmax_of_ties(dtype: torch.dtype) -> None:
     assert label.max() <= 1
 
 
+FLT_MAX = torch.finfo(torch.float32).max
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {(0, 2, 1, 1): math.nan, (0, 1, 2, 2): math.nan, (1, 0, 0, 0): math.inf},
+        {(0, 3, 1, 1): math.inf, (0, 1, 1, 1): math.inf, (0, 2, 1, 2): -math.inf},
+        {(0, c, 1, 1): -math.inf for c in range(4)},
+        {(n, c, i, j): FLT_MAX for n in (0, 1) for c in (1, 3) for i in (0, 1) for j in (1, 2)},
+        {(0, 1, 1, 1): FLT_MAX, (0, 2, 1, 1): FLT_MAX, (0, 1, 1, 2): -FLT_MAX},
+    ],
+    ids=["NaN", "inf", "-inf", "largest", "largest of both signs"],
+)
+def test_labels_of_logits_that_overflow(values: dict[tuple[int, ...], float]) -> None:
+    logits, target = make_case(2, 4, 3, 3, 24, 24)  # weights that float32 holds exactly
+    for index, value in values.items():
+        logits[index] = value
+    expected = reference.upsample_argmax(logits, (24, 24), *PLAIN, torch.int64)
+    label = upsample_argmax_forward(logits, (24, 24), *PLAIN, torch.int64)
+    assert torch.equal(label, expected)
+    counted, matrix = torch.zeros(4, 4, dtype=torch.int64), torch.zeros(4, 4, dtype=torch.int64)
+    reference.confusion_matrix_(counted, expected, target, 255)
+    upsample_confusion_matrix_forward_(matrix, logits, target, 255, *PLAIN, make_record(), None)
+    assert torch.equal(matrix, counted)
+
+
 @pytest.mark.parametrize("num_classes", [5, 40])  # a histogram; copies of the matrix
 @pytest.mark.parametrize("counted", [False, True])
 def test_confusion_matrix(num_classes: int, counted: bool) -> None:
