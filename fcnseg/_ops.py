@@ -6,10 +6,13 @@ The dispatcher chooses the implementation. CPU tensors run the compiled operator
 implementation raises IndexError for a bad label before anything is written; a CUDA implementation
 records it on the device (``_labels.py``).
 
-A loss returns ``(loss, gradient)``. The gradient of a scalar reduction is made in the forward
-pass, when ``compute_grad`` says that it will be wanted (a compiled graph cannot see that), stays in
-the arithmetic's dtype and is scaled into a new tensor by ``scale_gradient``, once per backward.
-``reduction="none"`` has no such gradient: its backward runs the operator again.
+A loss returns itself and its saved gradients: workspaces in the arithmetic's dtype that the forward
+pass of a scalar reduction makes when ``compute_grad`` says that a gradient will be wanted (a
+compiled graph cannot see that). One operator turns them and the upstream gradient into the gradient
+in its tensor's dtype, rounded once: ``upsample_cross_entropy_gradient``, or ``scale_gradient`` for
+the transposed convolution. Where autograd is about to free a workspace of that very dtype, the
+gradient takes its place (``_may_overwrite``). ``reduction="none"`` has no workspaces: its backward
+runs the operator again.
 """
 
 from __future__ import annotations
@@ -26,6 +29,10 @@ from fcnseg.reference import compute_dtype
 
 _LOSS = "int ignore_index, str reduction, float label_smoothing"
 _BILINEAR = "bool align_corners, float? scale_h, float? scale_w"
+# What the bilinear loss keeps for its gradient, and the options that its layout depends on.
+_WORKSPACES = "Tensor grad_output, Tensor sums, Tensor edges"
+_WORKSPACES_IN_PLACE = "Tensor grad_output, Tensor(a!) sums, Tensor edges"
+_SCALED = f"SymInt[2] size, bool weighted, float label_smoothing, {_BILINEAR}"
 _CONV = (
     "SymInt[2] stride, SymInt[2] padding, SymInt[2] output_padding, SymInt groups, "
     "SymInt[2] dilation, SymInt[2] crop"
@@ -34,8 +41,10 @@ _CONV = (
 _SCHEMAS = {
     "upsample_cross_entropy": (
         f"(Tensor logits, Tensor target, Tensor? weight, {_LOSS}, {_BILINEAR}, bool compute_grad)"
-        " -> (Tensor, Tensor)"
+        " -> (Tensor, Tensor, Tensor)"
     ),
+    "upsample_cross_entropy_gradient": f"({_WORKSPACES}, Tensor like, {_SCALED}) -> Tensor",
+    "upsample_cross_entropy_gradient_": f"({_WORKSPACES_IN_PLACE}, {_SCALED}) -> ()",
     "upsample_cross_entropy_backward": (
         "(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, int ignore_index, "
         f"float label_smoothing, {_BILINEAR}) -> Tensor"
@@ -95,7 +104,7 @@ def _register(
     use_compiled = compiled is not None and _extension.missing_reason is None
     _library.impl(name, compiled if use_compiled else cpu, "CPU")
     _library.impl(name, cuda, "CUDA")
-    if "backward" not in name and name != "scale_gradient":
+    if "backward" not in name and "gradient" not in name:
         kind = "c++" if use_compiled else "reference"
         _implementations[name] = {"cpu": kind, "cuda": cuda_kind}
 
@@ -133,14 +142,14 @@ def _with_strides_of(gradient: Tensor, tensor: Tensor) -> Tensor:
 # --- losses ---------------------------------------------------------------------------------------
 
 
-def _upsample_cross_entropy(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _upsample_cross_entropy(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     loss, gradient = reference.upsample_cross_entropy(logits, *args)
-    return loss, _with_strides_of(gradient, logits)
+    return loss, _with_strides_of(gradient, logits), gradient.new_empty(0)
 
 
 def _upsample_cross_entropy_cpu(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, *args: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     bad = _labels.bad_mask(target, logits.shape[1], ignore_index)
     _labels.raise_if_bad("target", target, bad, logits.shape[1])
     return _upsample_cross_entropy(logits, target, weight, ignore_index, *args)
@@ -148,7 +157,7 @@ def _upsample_cross_entropy_cpu(
 
 def _upsample_cross_entropy_cuda(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, *args: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     if _use_triton(logits, target.shape[1:]):
         from fcnseg.kernels.upsample_cross_entropy import upsample_cross_entropy_forward
 
@@ -161,10 +170,50 @@ def _upsample_cross_entropy_cuda(
     return result
 
 
-def _upsample_cross_entropy_compiled(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _upsample_cross_entropy_compiled(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     loss, gradient, bad_label = torch.ops.fcnseg_cpu.upsample_cross_entropy(logits, *args)
     _raise_reported("target", bad_label, logits.shape[1])
-    return loss, _with_strides_of(gradient, logits)
+    return loss, _with_strides_of(gradient, logits), gradient.new_empty(0)
+
+
+def _upsample_cross_entropy_gradient(
+    grad_output: Tensor, sums: Tensor, edges: Tensor, like: Tensor, *args: Any
+) -> Tensor:
+    return _scale_gradient(sums, grad_output, like)
+
+
+def _upsample_cross_entropy_gradient_(
+    grad_output: Tensor, sums: Tensor, edges: Tensor, *args: Any
+) -> None:
+    sums.mul_(grad_output)
+
+
+def _upsample_cross_entropy_gradient_cuda(
+    grad_output: Tensor,
+    sums: Tensor,
+    edges: Tensor,
+    like: Tensor,
+    size: Sequence[int],
+    *args: Any,
+) -> Tensor:
+    if not _use_triton(like, size):
+        return _upsample_cross_entropy_gradient(grad_output, sums, edges, like)
+    from fcnseg.kernels.upsample_cross_entropy import upsample_cross_entropy_gradient
+
+    gradient = torch.empty_like(sums, dtype=like.dtype)
+    upsample_cross_entropy_gradient(grad_output, sums, edges, gradient, tuple(size), *args)
+    return gradient
+
+
+def _upsample_cross_entropy_gradient_cuda_(
+    grad_output: Tensor, sums: Tensor, edges: Tensor, size: Sequence[int], *args: Any
+) -> None:
+    if not _use_triton(sums, size):
+        return _upsample_cross_entropy_gradient_(grad_output, sums, edges)
+    from fcnseg.kernels.upsample_cross_entropy import upsample_cross_entropy_gradient
+
+    upsample_cross_entropy_gradient(grad_output, sums, edges, sums, tuple(size), *args)
+    return None
 
 
 def _upsample_cross_entropy_backward_compiled(
@@ -350,6 +399,16 @@ _register(
     compiled=_upsample_cross_entropy_backward_compiled,
     cpu=_upsample_cross_entropy_backward,
     cuda=_upsample_cross_entropy_backward_cuda,
+)
+_register(
+    "upsample_cross_entropy_gradient",
+    cpu=_upsample_cross_entropy_gradient,
+    cuda=_upsample_cross_entropy_gradient_cuda,
+)
+_register(
+    "upsample_cross_entropy_gradient_",
+    cpu=_upsample_cross_entropy_gradient_,
+    cuda=_upsample_cross_entropy_gradient_cuda_,
 )
 _register(
     "conv_transpose_cross_entropy",
@@ -704,9 +763,30 @@ def _(
     scale_h: float | None,
     scale_w: float | None,
     compute_grad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     wanted = compute_grad and reduction != "none"
-    return _fake_loss(logits, target, reduction), _fake_gradient(logits, wanted)
+    sums = _fake_gradient(logits, wanted)
+    edges = 0
+    if wanted and logits.device.type == "cuda" and _use_triton(logits, target.shape[1:]):
+        from fcnseg.kernels.upsample_cross_entropy import edges_size
+
+        # The layout follows from the sizes, so a graph with dynamic ones is compiled for these.
+        N, C, h, w, H, W = (int(size) for size in (*logits.shape, *target.shape[1:]))
+        bilinear = (align_corners, scale_h, scale_w)
+        edges = edges_size(
+            (N, C, h, w), (H, W), weight is not None, label_smoothing, *bilinear, logits.device
+        )
+    return _fake_loss(logits, target, reduction), sums, sums.new_empty(edges)
+
+
+@_fake("upsample_cross_entropy_gradient")
+def _(grad_output: Tensor, sums: Tensor, edges: Tensor, like: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(sums, dtype=like.dtype)
+
+
+@_fake("upsample_cross_entropy_gradient_")
+def _(grad_output: Tensor, sums: Tensor, *args: Any) -> None:
+    return None
 
 
 @_fake("upsample_cross_entropy_backward")
@@ -821,18 +901,41 @@ def _require_grad_flag(wanted: bool, name: str) -> None:
         )
 
 
+def _may_overwrite(workspace: Tensor, like: Tensor, grad_loss: Tensor) -> bool:
+    """Whether the gradient of ``like`` may take the place of the saved ``workspace``.
+
+    Only where the dtypes are the same and autograd is about to free the workspace: without
+    ``retain_graph`` or ``create_graph``, and with nothing between this call and the kernels that
+    traces, batches or wraps tensors (compiling, ``vmap``, dispatch modes, subclasses). It spares a
+    tensor of the gradient's size at the peak.
+    """
+    plain = type(workspace) is Tensor and type(like) is Tensor
+    return (
+        plain
+        and workspace.dtype == like.dtype
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._functorch.is_legacy_batchedtensor(grad_loss)  # is_grads_batched
+    )
+
+
 def _setup_upsample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target, weight, ignore_index, reduction, *options, compute_grad = inputs
     ctx.compute_grad = compute_grad
     ctx.reduction = reduction
-    ctx.options = (ignore_index, *options)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # no zeros of the gradient's size for it
-    saved = (logits, target, weight) if reduction == "none" else (output[1], logits)
-    ctx.save_for_backward(*saved)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros of the workspaces' sizes for them
+    if reduction == "none":
+        ctx.options = (ignore_index, *options)
+        ctx.save_for_backward(logits, target, weight)
+    else:
+        ctx.options = (target.shape[1:], weight is not None, *options)
+        ctx.save_for_backward(*output[1:], logits)
 
 
-def _upsample_backward(ctx: Any, grad_loss: Tensor | None, grad_gradient: None) -> tuple[Any, ...]:
+def _upsample_backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Any, ...]:
     if grad_loss is None:
         return (None,) * 10
     _require_grad_flag(ctx.compute_grad, "upsample_cross_entropy")
@@ -840,9 +943,14 @@ def _upsample_backward(ctx: Any, grad_loss: Tensor | None, grad_gradient: None) 
         gradient = torch.ops.fcnseg.upsample_cross_entropy_backward(
             grad_loss, *ctx.saved_tensors, *ctx.options
         )
-    else:
-        unscaled, logits = ctx.saved_tensors
-        gradient = torch.ops.fcnseg.scale_gradient(unscaled, grad_loss, logits)
+        return gradient, *[None] * 9
+    sums, edges, logits = ctx.saved_tensors
+    if _may_overwrite(sums, logits, grad_loss):
+        torch.ops.fcnseg.upsample_cross_entropy_gradient_(grad_loss, sums, edges, *ctx.options)
+        return sums, *[None] * 9
+    gradient = torch.ops.fcnseg.upsample_cross_entropy_gradient(
+        grad_loss, sums, edges, logits, *ctx.options
+    )
     return gradient, *[None] * 9
 
 
@@ -861,6 +969,12 @@ def _setup_conv_transpose(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.save_for_backward(*saved)
 
 
+def _scaled(unscaled: Tensor, grad_loss: Tensor, like: Tensor) -> Tensor:
+    if _may_overwrite(unscaled, like, grad_loss):
+        return unscaled.mul_(grad_loss)
+    return torch.ops.fcnseg.scale_gradient(unscaled, grad_loss, like)
+
+
 def _conv_transpose_backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tuple[Any, ...]:
     if grad_loss is None:
         return (None,) * 15
@@ -872,7 +986,7 @@ def _conv_transpose_backward(ctx: Any, grad_loss: Tensor | None, *unused: None) 
     else:
         saved = ctx.saved_tensors
         gradients = [
-            torch.ops.fcnseg.scale_gradient(unscaled, grad_loss, like) if wanted else None
+            _scaled(unscaled, grad_loss, like) if wanted else None
             for unscaled, like, wanted in zip(saved[:3], saved[3:], ctx.compute_grad, strict=True)
         ]
     to_input, to_weight, to_bias = (
@@ -886,4 +1000,5 @@ _autograd("upsample_cross_entropy", _upsample_backward, _setup_upsample)
 _autograd("conv_transpose_cross_entropy", _conv_transpose_backward, _setup_conv_transpose)
 _autograd("upsample_cross_entropy_backward", _not_twice("upsample_cross_entropy"))
 _autograd("conv_transpose_cross_entropy_backward", _not_twice("conv_transpose_cross_entropy"))
-_autograd("scale_gradient", _not_twice("upsample_cross_entropy / conv_transpose_cross_entropy"))
+_autograd("upsample_cross_entropy_gradient", _not_twice("upsample_cross_entropy"))
+_autograd("scale_gradient", _not_twice("conv_transpose_cross_entropy"))

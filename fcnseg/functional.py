@@ -79,7 +79,7 @@ def upsample_cross_entropy(
     scale_h, scale_w = _checks.scales(
         scale_factor, align_corners, logits.shape[2:], target.shape[1:]
     )
-    loss, _ = torch.ops.fcnseg.upsample_cross_entropy(
+    loss, *_ = torch.ops.fcnseg.upsample_cross_entropy(
         logits,
         target,
         weight,

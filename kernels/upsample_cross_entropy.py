@@ -1,17 +1,34 @@
 """Launches the loss of bilinearly upsampled logits: lanes, bands, workspaces.
 
-The maths stands in upsample_cross_entropy_cells.py.
+The maths stands in upsample_cross_entropy_cells.py (loss and sums) and
+upsample_cross_entropy_gather.py (what is made of the sums). A call is two launches forward and one
+backward; with ``reduction="none"`` two and two.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
 from fcnseg.kernels import common
+from fcnseg.kernels.launch import Launch, cached_plan, on_device
 from fcnseg.kernels.upsample_cross_entropy_cells import _upsample_cross_entropy_kernel
-from fcnseg.kernels.upsample_cross_entropy_gather import _finish_kernel
+from fcnseg.kernels.upsample_cross_entropy_gather import (
+    ALONG_C,
+    ALONG_NONE,
+    ALONG_W,
+    HEAD,
+    _gradient_kernel,
+    _loss_kernel,
+)
+
+MIN_BAND_ROWS = 3  # what is staged in `top` is then at most a third of the gradient's size
+MAX_BAND_ROWS = 8
+STAGED = 1 / 8  # what a band's first row costs more, staged in `top`, in rows
+ALONE = 1.5  # rows of a scheduler's only program take as long as 1.5 of one that shares it
 
 
 def label_bits(num_classes: int) -> int:
@@ -41,110 +58,243 @@ def tuned_lanes(
 def choose_band(images: int, h: int, w: int, cells: int, multiprocessors: int) -> int:
     """Cell rows that a program walks down: the more, the less is staged in `top`.
 
-    A multiprocessor holds about eight programs; as many rounds times rows as with one row, or
-    hardly more.
+    A multiprocessor has four schedulers, and a program is one warp, which a scheduler issues for.
+    The time is that of the fullest scheduler: two of its programs at a time share its issue slots,
+    and one alone leaves a part of them empty. Among the heights that take about as long as the best
+    (5%) the largest is taken. Bands are lower than MIN_BAND_ROWS only where the programs do not
+    fill the device: the problem is small then, and so is what it stages.
     """
+    schedulers = 4 * multiprocessors
 
-    def cost(rows: int) -> int:
-        programs = triton.cdiv(images * triton.cdiv(h + 1, rows) * (w + 1), cells)
-        return triton.cdiv(programs, 8 * multiprocessors) * rows
+    def programs(rows: int) -> int:
+        """Programs of the fullest scheduler."""
+        all_programs = triton.cdiv(images * triton.cdiv(h + 1, rows) * (w + 1), cells)
+        return triton.cdiv(all_programs, schedulers)
 
-    costs = {rows: cost(rows) for rows in range(1, 9)}
-    return max(rows for rows in costs if costs[rows] <= 1.05 * min(costs.values()))
+    def time(rows: int) -> float:
+        alone = programs(rows) % 2
+        return (programs(rows) - alone + ALONE * alone) * (rows + STAGED)
+
+    heights = range(1 if programs(1) == 1 else MIN_BAND_ROWS, MAX_BAND_ROWS + 1)
+    times = {rows: time(rows) for rows in heights}
+    return max(rows for rows in times if times[rows] <= 1.05 * min(times.values()))
 
 
-def _launch(
-    logits: Tensor, target: Tensor, weight: Tensor | None, upstream: Tensor | None,
-    record: Tensor, ignore_index: int, label_smoothing: float, geo: common.Geometry,
-    per_pixel: bool, with_grad: bool, mean: bool, grad_dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """(loss, gradient) of the kernel over cells and the one that gathers."""
-    (N, C, h, w), (H, W) = logits.shape, target.shape[1:]
-    options = {
-        "HAS_WEIGHT": weight is not None, "HAS_SMOOTHING": label_smoothing > 0,
-        "WITH_GRAD": with_grad, "PER_PIXEL": per_pixel,
-    }  # fmt: skip
-    multiprocessors = common.multiprocessors(logits.device)
-    capability = common.capability(logits.device)
-    lanes = tuned_lanes(geo, C, options, capability)
-    # Where ptxas would rather spill a few registers than run fewer warps.
-    few = capability < 80 or lanes.ROWS * lanes.COLUMNS < 32 or C == 1
-    registers = {"maxnreg": 255} if few or (per_pixel and not with_grad) else {}
-    band_rows = choose_band(N, h, w, lanes.cells, multiprocessors) if with_grad else 1
+@dataclass(frozen=True)
+class Bands:
+    """How the cells of a problem are dealt to programs, and what they stage between them."""
+
+    lanes: common.Lanes
+    band_rows: int
+    bands: int  # of an image
+    cells: int  # of the first cell row of every band
+    tiles: int  # programs
+    edges: int  # floats of scale, `top` and `border`
+
+
+def deal_bands(
+    shape: tuple[int, int, int, int], geo: common.Geometry, options: dict[str, bool],
+    device: torch.device,
+) -> Bands:  # fmt: skip
+    """``shape``: the logits'; ``options``: as those of ``tuned_lanes``."""
+    N, C, h, w = shape
+    lanes = tuned_lanes(geo, C, options, common.capability(device))
+    band_rows = 1
+    if options["WITH_GRAD"]:
+        band_rows = choose_band(N, h, w, lanes.cells, common.multiprocessors(device))
     bands = triton.cdiv(h + 1, band_rows)
     cells = N * bands * (w + 1)
     tiles = triton.cdiv(cells, lanes.cells)
-    float32 = {"dtype": torch.float32, "device": logits.device}
-    loss, denominator = torch.empty(tiles, **float32), torch.empty(tiles, **float32)
-    bad_count = torch.empty(tiles, dtype=torch.int32, device=logits.device)
-    bad_index = torch.empty(tiles, dtype=torch.int64, device=logits.device)
-    result = torch.empty((N, H, W) if per_pixel and not with_grad else (), **float32)
-    grad = top = border = gradient = loss
-    if with_grad:
-        grad = torch.empty_like(logits, dtype=torch.float32)
-        top = torch.empty((N, bands, C, w), **float32)
-        border = torch.empty((tiles, band_rows + 1, C), **float32)
-        gradient = grad if grad_dtype == torch.float32 else torch.empty_like(logits)
-    grad_strides = grad.stride() if with_grad else (0, 0, 0, 0)
+    edges = HEAD + N * bands * C * w + tiles * (band_rows + 1) * C if options["WITH_GRAD"] else 0
+    return Bands(lanes, band_rows, bands, cells, tiles, edges)
+
+
+def edges_size(
+    shape: tuple[int, int, int, int], size: tuple[int, int], weighted: bool, label_smoothing: float,
+    align_corners: bool, scale_h: float | None, scale_w: float | None, device: torch.device,
+) -> int:  # fmt: skip
+    """Floats of the second workspace of a scalar loss with gradient, on ``device``."""
+    geo = common.geometry(*shape[2:], *size, align_corners, scale_h, scale_w)
+    return deal_bands(shape, geo, _options(weighted, label_smoothing, True, False), device).edges
+
+
+def _options(weighted: bool, smoothing: float, with_grad: bool, per_pixel: bool) -> dict[str, bool]:
+    return {
+        "HAS_WEIGHT": weighted, "HAS_SMOOTHING": smoothing > 0, "WITH_GRAD": with_grad,
+        "PER_PIXEL": per_pixel,
+    }  # fmt: skip
+
+
+def gradient_tile(C: int, along: int) -> tuple[int, int, int]:
+    """(BLOCK_C, BLOCK_J, CLASSES) of the gradient kernel, which do not depend on h and w: other
+    sizes compile nothing anew.
+
+    32 elements lie along the contiguous dimension, where it has that many: a whole line of the
+    cache for each access of a warp.
+    """
+    if along == ALONG_C:
+        block_c = min(32, triton.next_power_of_2(C))
+        return block_c, 128 // block_c, 4 * block_c
+    return 4, 32, 32
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """Plan of the loss, and of the sums for its gradient."""
+
+    deal: Bands
+    cells: Launch
+    loss: Launch
+
+
+@cached_plan
+def _forward_plan(
+    device: torch.device, shape: tuple[int, int, int, int], logits_strides: tuple[int, ...],
+    sums_strides: tuple[int, ...], dtypes: tuple[torch.dtype | None, ...], size: tuple[int, int],
+    target_strides: tuple[int, ...], upstream_strides: tuple[int, ...],
+    loss_strides: tuple[int, ...], ignore_index: int, label_smoothing: float, align_corners: bool,
+    scale_h: float | None, scale_w: float | None, per_pixel: bool, with_grad: bool, mean: bool,
+) -> _Forward:  # fmt: skip
+    """``dtypes``: of logits, target, weight and upstream; None where there is none."""
+    (_, C, h, w), (H, W) = shape, size
+    geo = common.geometry(h, w, H, W, align_corners, scale_h, scale_w)
+    options = _options(dtypes[2] is not None, label_smoothing, with_grad, per_pixel)
+    deal = deal_bands(shape, geo, options, device)
+    lanes = deal.lanes
+    # Where ptxas would rather spill a few registers than run fewer warps.
+    few = common.capability(device) < 80 or lanes.ROWS * lanes.COLUMNS < 32 or C == 1
+    registers = {"maxnreg": 255} if few or (per_pixel and not with_grad) else {}
+    cells = Launch(
+        _upsample_cross_entropy_kernel, (deal.tiles,),
+        (
+            deal.cells, deal.bands, deal.band_rows, C, h, w, H, W, *geo.axes, *logits_strides,
+            *target_strides, *upstream_strides, *loss_strides, *sums_strides, ignore_index,
+            label_smoothing,
+        ),
+        ONE_CLASS=C == 1, BITS=label_bits(C), WIDE=deal.cells + lanes.cells >= 2**31, **options,
+        **lanes.constexprs(), **registers,
+    )  # fmt: skip
+    loss = Launch(
+        _loss_kernel, (1,), (deal.tiles, H, W, *target_strides),
+        SCALAR=not per_pixel, MEAN=mean, WITH_GRAD=with_grad, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return _Forward(deal, cells, loss)
+
+
+@cached_plan
+def _gradient_plan(
+    device: torch.device, shape: tuple[int, int, int, int], strides: tuple[int, ...],
+    dtypes: tuple[torch.dtype | None, ...], size: tuple[int, ...], weighted: bool,
+    label_smoothing: float, align_corners: bool, scale_h: float | None, scale_w: float | None,
+    per_pixel: bool,
+) -> Launch:  # fmt: skip
+    """``strides``: of sums and gradient; ``dtypes``: of gradient and upstream (None: there is
+    none)."""
+    N, C, h, w = shape
+    geo = common.geometry(h, w, *size, align_corners, scale_h, scale_w)
+    options = _options(weighted, label_smoothing, True, per_pixel)
+    deal = deal_bands(shape, geo, options, device)
+    along = ALONG_W if strides[3] == 1 else ALONG_C if strides[1] == 1 else ALONG_NONE
+    block_c, block_j, classes = gradient_tile(C, along)
+    programs = N * h * triton.cdiv(C, classes) * triton.cdiv(w, block_j)
+    return Launch(
+        _gradient_kernel, (programs,),
+        (N, C, h, w, deal.bands, deal.band_rows, *strides),
+        SCALAR=not per_pixel, ALONG=along, HEAD=HEAD, CELLS=deal.lanes.cells, CLASSES=classes,
+        WIDE=block_c * strides[1] + block_j * strides[3] >= 2**31, BLOCK_C=block_c,
+        BLOCK_J=block_j, num_warps=1,
+    )  # fmt: skip
+
+
+def _run_forward(
+    logits: Tensor, target: Tensor, weight: Tensor | None, upstream: Tensor | None, record: Tensor,
+    ignore_index: int, label_smoothing: float, bilinear: tuple[bool, float | None, float | None],
+    per_pixel: bool, with_grad: bool, mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, sums, edges) of the kernel over cells and, unless an upstream gradient a pixel is
+    given, of the loss kernel; without gradient the last two are empty."""
+    device, size = logits.device, target.shape[1:]
     if weight is not None:
         weight = weight.contiguous()
-    with common.device_of(logits):
-        _upsample_cross_entropy_kernel[(tiles,)](
+    float32 = {"dtype": torch.float32, "device": device}
+    sums = torch.empty_like(logits, dtype=torch.float32) if with_grad else torch.empty(0, **float32)
+    result = torch.empty(target.shape if per_pixel and not with_grad else (), **float32)
+    plan = _forward_plan(
+        device, logits.shape, logits.stride(), sums.stride() if with_grad else (0, 0, 0, 0),
+        (logits.dtype, target.dtype, None if weight is None else weight.dtype,
+         None if upstream is None else upstream.dtype),
+        size, target.stride(), (0, 0, 0) if upstream is None else upstream.stride(),
+        result.stride() or (0, 0, 0), ignore_index, label_smoothing, *bilinear, per_pixel,
+        with_grad, mean,
+    )  # fmt: skip
+    deal = plan.deal
+    partial = torch.empty((2, deal.tiles), **float32)
+    loss, denominator = partial[0], partial[1]
+    bad_count = torch.empty(deal.tiles, dtype=torch.int32, device=device)
+    bad_index = torch.empty(deal.tiles, dtype=torch.int64, device=device)
+    edges = torch.empty(deal.edges, **float32)
+    top = border = edges
+    if with_grad:
+        tops = HEAD + logits.shape[0] * deal.bands * logits.shape[1] * logits.shape[3]
+        top, border = edges[HEAD:], edges[tops:]
+    with on_device(logits):
+        plan.cells(
             logits, target, logits if weight is None else weight,
-            logits if upstream is None else upstream, result,
-            loss, denominator, bad_count, bad_index, grad, top, border,
-            cells, bands, band_rows, C, h, w, H, W, *geo.axes,
-            *logits.stride(), *target.stride(),
-            *((0, 0, 0) if upstream is None else upstream.stride()),
-            *(result.stride() or (0, 0, 0)), *grad_strides,
-            ignore_index, label_smoothing,
-            ONE_CLASS=C == 1, BITS=label_bits(C), WIDE=cells + lanes.cells >= 2**31, **options,
-            **lanes.constexprs(), **registers,
+            logits if upstream is None else upstream, result, loss, denominator, bad_count,
+            bad_index, sums, top, border,
         )  # fmt: skip
-        # along whichever is contiguous
-        block_j, block_c = 128, 1
-        if grad_strides[1] == 1 and C > 1:
-            block_j, block_c = 8, min(32, triton.next_power_of_2(C))
-        blocks = N * h * triton.cdiv(C, block_c) * triton.cdiv(w, block_j) if with_grad else 1
-        _finish_kernel[(min(blocks, 8 * multiprocessors),)](
-            loss, denominator, bad_count, bad_index, tiles, result, target, record,
-            grad, top, border, gradient, blocks, bands, band_rows, C, h, w, H, W,
-            *target.stride(), *grad_strides,
-            SCALAR=not per_pixel, MEAN=mean, RECORD=not (per_pixel and with_grad),
-            WITH_GRAD=with_grad, CELLS=lanes.cells, PARTIALS=512 if with_grad else 1024,
-            BLOCK_J=block_j, BLOCK_C=block_c, num_warps=1 if with_grad else 4,
-        )  # fmt: skip
-    return result, gradient if with_grad else None
+        if upstream is None:
+            plan.loss(loss, denominator, bad_count, bad_index, result, edges, target, record)
+    return result, sums, edges
 
 
 def upsample_cross_entropy_forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str,
     label_smoothing: float, align_corners: bool, scale_h: float | None, scale_w: float | None,
     compute_grad: bool, record: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss, and the float32 gradient of a scalar reduction with the logits' strides (else empty).
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, and the workspaces that ``upsample_cross_entropy_gradient`` turns into the gradient of
+    a scalar reduction: sums with the logits' strides and edges, float32 (else empty).
 
     Args as the operator's; ``record`` is the device's bad-label record (int64 [5]).
     """
     none = reduction == "none"
-    empty = torch.empty(0, dtype=torch.float32, device=logits.device)
+    with_grad = compute_grad and not none
+    bilinear = (align_corners, scale_h, scale_w)
     if logits.shape[0] == 0:
-        if none:
-            return torch.empty(target.shape, dtype=torch.float32, device=logits.device), empty
-        value = torch.full(
-            (),
-            float("nan" if reduction == "mean" else 0),
-            dtype=torch.float32,
-            device=logits.device,
+        float32 = {"dtype": torch.float32, "device": logits.device}
+        loss = torch.full(
+            target.shape if none else (), float("nan" if reduction == "mean" else 0), **float32
         )
-        return value, torch.empty_like(logits, dtype=torch.float32) if compute_grad else empty
-    geo = common.geometry(*logits.shape[2:], *target.shape[1:], align_corners, scale_h, scale_w)
-    loss, gradient = _launch(
-        logits, target, weight, None, record, ignore_index, label_smoothing, geo,
-        per_pixel=none, with_grad=compute_grad and not none, mean=reduction == "mean",
-        grad_dtype=torch.float32,
+        if not with_grad:
+            return loss, torch.empty(0, **float32), torch.empty(0, **float32)
+        edges = edges_size(
+            logits.shape, target.shape[1:], weight is not None, label_smoothing, *bilinear,
+            logits.device,
+        )  # fmt: skip
+        return loss, torch.empty_like(logits, dtype=torch.float32), torch.empty(edges, **float32)
+    return _run_forward(
+        logits, target, weight, None, record, ignore_index, label_smoothing, bilinear,
+        per_pixel=none, with_grad=with_grad, mean=reduction == "mean",
     )  # fmt: skip
-    return loss, empty if gradient is None else gradient
+
+
+def upsample_cross_entropy_gradient(
+    grad_output: Tensor, sums: Tensor, edges: Tensor, out: Tensor, size: tuple[int, ...],
+    weighted: bool, label_smoothing: float, align_corners: bool, scale_h: float | None,
+    scale_w: float | None,
+) -> None:  # fmt: skip
+    """Writes the gradient of a scalar reduction for the upstream ``grad_output`` (a scalar) into
+    ``out``, which has the strides of ``sums`` or is ``sums``. The options are the forward's;
+    ``weighted``: whether it had class weights."""
+    if sums.shape[0] == 0:
+        return
+    plan = _gradient_plan(
+        sums.device, sums.shape, sums.stride(), (out.dtype, grad_output.dtype), size, weighted,
+        label_smoothing, align_corners, scale_h, scale_w, False,
+    )  # fmt: skip
+    with on_device(sums):
+        plan(sums, edges, grad_output, out)
 
 
 def upsample_cross_entropy_backward(
@@ -153,11 +303,18 @@ def upsample_cross_entropy_backward(
     record: Tensor,
 ) -> Tensor:  # fmt: skip
     """Gradient of ``reduction="none"`` for any upstream gradient [N, H, W], the logits' dtype."""
+    gradient = torch.empty_like(logits)
     if logits.shape[0] == 0:
-        return torch.empty_like(logits)
-    geo = common.geometry(*logits.shape[2:], *target.shape[1:], align_corners, scale_h, scale_w)
-    _, gradient = _launch(
-        logits, target, weight, grad_output, record, ignore_index, label_smoothing, geo,
-        per_pixel=True, with_grad=True, mean=False, grad_dtype=logits.dtype,
+        return gradient
+    bilinear = (align_corners, scale_h, scale_w)
+    _, sums, edges = _run_forward(
+        logits, target, weight, grad_output, record, ignore_index, label_smoothing, bilinear,
+        per_pixel=True, with_grad=True, mean=False,
     )  # fmt: skip
+    plan = _gradient_plan(
+        logits.device, logits.shape, sums.stride(), (logits.dtype, None), target.shape[1:],
+        weight is not None, label_smoothing, *bilinear, True,
+    )  # fmt: skip
+    with on_device(logits):
+        plan(sums, edges, edges, gradient)
     return gradient

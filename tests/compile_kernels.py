@@ -134,6 +134,22 @@ UINT8, INT32, INT64 = torch.uint8, torch.int32, torch.int64
 PLAIN = (False, None, None)
 
 
+def _loss_and_gradient(
+    logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, *args: Any
+) -> None:
+    """Both passes of a loss; the gradient of half logits is half, of float32 ones in place."""
+    smoothing, *geometry = args[2:6]
+    _, sums, edges = upsample_cross_entropy.upsample_cross_entropy_forward(
+        logits, target, weight, *args
+    )
+    if sums.numel():
+        gradient = sums if logits.dtype == FP32 else torch.empty_like(logits)
+        upsample_cross_entropy.upsample_cross_entropy_gradient(
+            torch.empty(()), sums, edges, gradient, target.shape[1:], weight is not None, smoothing,
+            *geometry,
+        )  # fmt: skip
+
+
 def _cross_entropy(arch: int) -> Iterator[Configuration]:
     # mean or none; what else; classes, logits, labels, factor
     cases: list[tuple[str, str, int, torch.dtype, torch.dtype, float]] = [
@@ -174,23 +190,21 @@ def _cross_entropy(arch: int) -> Iterator[Configuration]:
             )  # fmt: skip
         else:
             launches = recorded(
-                arch, upsample_cross_entropy.upsample_cross_entropy_forward, logits, target,
-                *loss[:2], reduction, loss[2], *PLAIN, "forward" not in options, record,
+                arch, _loss_and_gradient, logits, target, *loss[:2], reduction, loss[2], *PLAIN,
+                "forward" not in options, record,
             )  # fmt: skip
         name = f"{reduction} C={num_classes} {_short(dtype)} {_short(labels)} x{factor:g} {options}"
         for kernel, arguments in launches:
-            if kernel.fn.__name__ == "_finish_kernel":
-                key = (
-                    str(arguments["out_ptr"].dtype),
-                    arguments["stride_c"] == 1,
-                    *(
-                        arguments[flag]
-                        for flag in ("SCALAR", "MEAN", "RECORD", "WITH_GRAD", "CELLS")
-                    ),
+            if kernel.fn.__name__ in ("_loss_kernel", "_gradient_kernel"):
+                # told apart by dtypes and constants alone; the same ones serve many losses
+                key = tuple(
+                    str(getattr(value, "dtype", value))
+                    for key, value in arguments.items()
+                    if key.endswith("_ptr") or key.isupper()
                 )
-                if key not in done:
-                    done.add(key)
-                    yield name, kernel, arguments, 160
+                if (kernel, key) not in done:
+                    done.add((kernel, key))
+                    yield name, kernel, arguments, 128
             else:
                 yield name, kernel, arguments, 255
 

@@ -47,6 +47,13 @@ SAMPLES: dict[str, list[tuple[Any, ...]]] = {
     "upsample_cross_entropy_backward": [
         (normal((2, 9, 11)), HALF, TARGET, WEIGHT, 255, 0.1, *BILINEAR),
     ],
+    # as a CPU forward pass leaves them: the gradient itself, and no edges
+    "upsample_cross_entropy_gradient": [
+        (torch.tensor(3.0), LOGITS, torch.empty(0), HALF, [9, 11], True, 0.1, *BILINEAR),
+    ],
+    "upsample_cross_entropy_gradient_": [
+        (torch.tensor(3.0), LOGITS.clone(), torch.empty(0), [9, 11], True, 0.1, *BILINEAR),
+    ],
     "conv_transpose_cross_entropy": [
         (
             *(leaf(2, 3, 4, 5), leaf(3, 2, 3, 4), SMALL, leaf(2), WEIGHT[:2]),

@@ -26,6 +26,7 @@ from fcnseg.kernels.upsample_confusion_matrix import upsample_confusion_matrix_f
 from fcnseg.kernels.upsample_cross_entropy import (
     upsample_cross_entropy_backward,
     upsample_cross_entropy_forward,
+    upsample_cross_entropy_gradient,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -142,13 +143,14 @@ def test_grids_of_the_upsampling(shape: tuple[int, ...], monkeypatch: pytest.Mon
     for launcher, *args in (
         (upsample_cross_entropy_forward, logits, target, None, 255, "mean", 0.0, *plain, True,
          record),
+        (upsample_cross_entropy_gradient, logits, logits, logits, logits, size, False, 0.0, *plain),
         (upsample_cross_entropy_backward, target, logits, target, None, 255, 0.0, *plain, record),
         (upsample_argmax_forward, logits, size, *plain, torch.int64),
         (upsample_confusion_matrix_forward_, matrix, logits, target, 255, *plain, record, None),
     ):  # fmt: skip
         grids += launched_grids(monkeypatch, launcher, *args)
-    assert len(grids) == 7
-    assert all(len(grid) == 1 and 0 < grid[0] < 2**31 for grid in grids), grids
+    assert len(grids) == 8
+    assert all(0 < grid[0] < 2**31 and set(grid[1:]) <= {1} for grid in grids), grids
 
 
 def same_kernels_at_other_sizes() -> None:
@@ -189,6 +191,8 @@ def same_kernels_at_other_sizes() -> None:
              (1, 1), crop, torch.int64),
             (upsample_cross_entropy_forward, logits, target, class_weight, 255, "mean", 0.0, *plain,
              True, record),
+            (upsample_cross_entropy_gradient, logits, logits, logits, logits, size, False, 0.0,
+             *plain),
             (upsample_cross_entropy_backward, empty(*target.shape), logits, target, None, 255, 0.0,
              *plain, record),
             (upsample_argmax_forward, samples, size, *plain, torch.int64),

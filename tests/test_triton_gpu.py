@@ -355,8 +355,8 @@ def test_memory_is_a_hundredth_of_eager() -> None:
         return torch.cuda.max_memory_allocated() - before
 
     peak(fcnseg.upsample_cross_entropy)  # compiles
-    # The gradient before and after it is multiplied by the upstream one: 2 / 64 of a plane.
-    assert peak(fcnseg.upsample_cross_entropy) <= 0.0105 * peak(eager_loss)
+    # The sums, 1 / 64 of a plane, what is staged beside them, and for half logits the gradient.
+    assert peak(fcnseg.upsample_cross_entropy) <= 0.01 * peak(eager_loss)
 
 
 def test_opcheck() -> None:

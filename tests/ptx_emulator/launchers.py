@@ -28,6 +28,7 @@ from fcnseg.kernels.upsample_confusion_matrix import upsample_confusion_matrix_f
 from fcnseg.kernels.upsample_cross_entropy import (
     upsample_cross_entropy_backward,
     upsample_cross_entropy_forward,
+    upsample_cross_entropy_gradient,
 )
 from tests.ptx_emulator.triton_bridge import Session, emulate
 
@@ -97,14 +98,20 @@ def bilinear_loss(
     record: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and the gradient for ``upstream``: a scalar, or [N, H, W] without reduction."""
-    value, gradient = upsample_cross_entropy_forward(
+    value, sums, edges = upsample_cross_entropy_forward(
         logits, target, weight, loss.ignore_index, loss.reduction, loss.smoothing, *geometry,
         True, record,
     )  # fmt: skip
     if loss.per_pixel:
-        gradient = upsample_cross_entropy_backward(
+        return value, upsample_cross_entropy_backward(
             upstream, logits, target, weight, loss.ignore_index, loss.smoothing, *geometry, record
         )
+    # float32 gradients take the place of the sums, as autograd lets them
+    gradient = sums if logits.dtype == torch.float32 else torch.empty_like(logits)
+    upsample_cross_entropy_gradient(
+        upstream, sums, edges, gradient, target.shape[1:], weight is not None, loss.smoothing,
+        *geometry,
+    )  # fmt: skip
     return value, gradient
 
 
@@ -117,7 +124,7 @@ def bilinear_loss_alone(
     record: Tensor,
 ) -> Tensor:
     """The loss where no gradient is wanted, which another variant of the kernel computes."""
-    value, _ = upsample_cross_entropy_forward(
+    value, _, _ = upsample_cross_entropy_forward(
         logits, target, weight, loss.ignore_index, loss.reduction, loss.smoothing, *geometry,
         False, record,
     )  # fmt: skip
@@ -141,7 +148,8 @@ def bilinear_loss_reference(
             upstream.to(logits.dtype), logits, target, weight, loss.ignore_index, loss.smoothing,
             *geometry,
         )  # fmt: skip
-    return value, gradient
+        return value, gradient
+    return value, gradient * upstream.to(gradient.dtype)
 
 
 def conv_transpose_loss(
