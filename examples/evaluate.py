@@ -29,7 +29,7 @@ from fcnseg import data
 from fcnseg.inference import Inference, Run, load_run
 from fcnseg.metrics import Scores, format_scores, save_matrix, scores
 from fcnseg.training import CheckpointError
-from fcnseg.training.loop import allow_tf32
+from fcnseg.training.numerics import allow_tf32
 
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 AUTOCAST = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

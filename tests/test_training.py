@@ -36,6 +36,7 @@ from fcnseg.training import (
     checkpoint,
     loop,
     lr_factor,
+    numerics,
     optimizer,
     reporting,
 )
@@ -751,7 +752,7 @@ def test_tf32_is_set_for_the_run_and_as_it_was_afterwards(
             backends.fp32_precision = "tf32"
         else:
             torch.set_float32_matmul_precision(before)
-        with loop._numerics(settings(tmp_path, precision=precision), torch.device("cuda")):
+        with numerics.numerics(settings(tmp_path, precision=precision), torch.device("cuda")):
             tf32 = precision == "tf32"
             assert old() == ("high" if tf32 else "highest", tf32, tf32)
             assert new() == (("tf32" if tf32 else "ieee"),) * 2 and backends.cudnn.benchmark
@@ -761,6 +762,41 @@ def test_tf32_is_set_for_the_run_and_as_it_was_afterwards(
         backends.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
         backends.cudnn.allow_tf32 = True
+
+
+def test_cudnn_searches_only_for_shapes_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(*heights: int) -> Any:
+        for height in heights:
+            images = torch.zeros(1, 3, height, 4)
+            yield (images,), (images,)
+
+    cudnn = torch.backends.cudnn
+    for allowed in (True, False):
+        monkeypatch.setattr(cudnn, "benchmark", allowed)
+        batches = numerics.search_where_shapes_repeat(given(2, 2, 3, 2, 2))
+        assert [cudnn.benchmark for _ in batches] == [x and allowed for x in (0, 1, 0, 0, 1)]
+        assert cudnn.benchmark is allowed
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    batches = numerics.search_where_shapes_repeat(given(2, 3, 4))
+    next(batches), batches.close()  # as where a signal ends the validation
+    assert cudnn.benchmark is True
+
+
+def test_validation_does_not_search_for_every_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = []
+    update = Net.update_confusion_matrix
+
+    def watched(self: Net, *given: Any, **options: Any) -> Tensor:
+        searches.append(torch.backends.cudnn.benchmark)
+        return update(self, *given, **options)
+
+    monkeypatch.setattr(Net, "update_confusion_matrix", watched)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    made = trainer(settings(tmp_path, val_batch_size=1))
+    made.validate()
+    assert searches == [False, True, True, True, True]  # all of one size
 
 
 def test_compile_needs_a_trunk(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from fcnseg.training import checkpoint, distributed, optimizer, reporting
 from fcnseg.training.config import ConfigError, TrainConfig
 from fcnseg.training.criterion import Criterion, Objective, make_criterion
 from fcnseg.training.distributed import World
+from fcnseg.training.numerics import numerics, search_where_shapes_repeat
 from fcnseg.training.schedule import lr_factor
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -199,50 +200,6 @@ def _init_worker(worker_id: int) -> None:
     # its data to end the step; a worker that is left behind ends by itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Whether float32 convolutions and products on CUDA may round to TF32.
-
-    PyTorch has two generations of switches, some of its parts (``torch.export``, Inductor) read the
-    old ones, and reading those raises where the new ones say otherwise. Here both say the same,
-    whatever they said before.
-    """
-    cudnn: Any = torch.backends.cudnn  # which does not declare all that it has
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    cudnn.allow_tf32 = allowed
-    if not allowed:  # otherwise the convolutions would inherit a global setting
-        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
-
-
-@contextlib.contextmanager
-def _numerics(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """PyTorch's global switches as the run wants them, and as they were afterwards."""
-    backends: Any = torch.backends
-    tf32 = [x.fp32_precision == "tf32" for x in (backends.cuda.matmul, backends.cudnn.conv)]
-    try:
-        products = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by a new switch alone
-        products = "high" if tf32[0] else "highest"
-    before = (
-        backends.cudnn.benchmark,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    if config.deterministic:  # read when cuBLAS starts
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    try:
-        if device.type == "cuda":
-            allow_tf32(config.precision == "tf32")
-            backends.cudnn.benchmark = not config.deterministic
-        torch.use_deterministic_algorithms(config.deterministic or before[1], warn_only=False)
-        yield
-    finally:
-        if device.type == "cuda":
-            allow_tf32(tf32[1])
-            torch.set_float32_matmul_precision(products)
-            backends.cudnn.benchmark = before[0]
-        torch.use_deterministic_algorithms(before[1], warn_only=before[2])
 
 
 @dataclass
@@ -543,7 +500,7 @@ class Trainer:
         try:
             if self.world.main:
                 self._open_logs()
-            with _numerics(self.config, self.device), self.interrupt.watching():
+            with numerics(self.config, self.device), self.interrupt.watching():
                 while not self._done() and not self.stopping:
                     self._train_epoch()
                 if self.stopping:
@@ -809,7 +766,8 @@ class Trainer:
         if world.size > 1:
             batching["sampler"] = DistributedEvalSampler(self.val_set, world.size, world.rank)
         with torch.no_grad(), self._autocast():
-            for _, (images, target) in self._batches(self.val_set, **batching):
+            batches = self._batches(self.val_set, **batching)
+            for _, (images, target) in search_where_shapes_repeat(batches):
                 model.update_confusion_matrix(
                     matrix.matrix, self._normalised(images), target, ignore_index=ignore_index
                 )
