@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 import torch
 from clocks import statistics
-from tables import save
+from result_files import save
 from torch.utils.data import DataLoader
 
 from fcnseg import data

@@ -1,74 +1,109 @@
-"""make gpu: what a CUDA machine can show, without a network, in about eight minutes.
+"""make gpu: what a CUDA machine can show, without a network, in minutes that are counted.
 
-    python benchmarks/gpu.py [--parts PART ...] [--device cuda|cpu] [--quick]
+    python benchmarks/gpu.py [check] [measure] [sanitize] [--device cuda|cpu] [--quick]
+                             [--parts PART ...]
 
-with the Python that sees the GPU. Parts, each in processes of its own and for a limited time:
+with the Python that sees the GPU. Stages, each under six minutes on 16 cores; the default is the
+first two:
 
-    build       pip install --no-build-isolation --no-deps -e ., for this device's architecture
-    tests       pytest -m gpu
-    benchmarks  suite.py gpu
-    profile     kernel_profile.py: registers, occupancy, torch.profiler
-    ncu         Nsight Compute on the loss
-    sanitizer   compute-sanitizer over the kernels
+    check      build the extension for this device's architecture; the GPU tests without the slow
+               ones, in parallel processes; a smoke figure of every operator
+    measure    build (quick where check did it); rehearse, so that every kernel is compiled, on all
+               cores; the benchmarks in order of worth; profile: registers, occupancy, the
+               profiler's table; ncu: Nsight Compute on the main kernel of the loss
+    sanitize   build; compute-sanitizer over the kernels
 
-The Python needs torch, Triton, NumPy, pytest, and for the build pybind11, ninja, wheel and
-setuptools >= 77. A part that fails does not stop the others, but nothing follows a failed build; a
-tool that is missing, or a part for which no time is left, is named. $OUT (else
-benchmarks/results) gets the JSON, the table is printed last, and the exit status is 1 if a part
-failed. --device cpu --quick runs the same code on tiny problems, as a test does.
+A part runs in processes of its own under a deadline of its own: at it SIGINT, ten seconds later
+SIGKILL to the whole process group. No part can take the time of another, and one that fails does
+not stop the others; but nothing follows a build that fails even without CUDA C++. Written as they
+come, into $OUT (else benchmarks/results): STAGE.log with all output, STAGE_summary.txt, and by the
+parts smoke_*.json, gpu_*.json, profile_*.json and ncu.log. The exit status is 1 if a part failed.
+--device cpu --quick runs the same code on tiny problems without a GPU, as a test does.
 
-This file needs the standard library alone: it runs before fcnseg is built.
+The Python needs torch, Triton, NumPy, pytest, and for the build pybind11, wheel and setuptools >=
+77; a tool or a plugin that is missing is named. A copy without .git takes its commit from
+FCNSEG_COMMIT. This file needs the standard library alone: it runs before fcnseg is built.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-LIMIT = 470.0  # seconds of all parts
+import processes
+import tables
+from processes import HERE, ROOT
+
+STAGE_LIMIT = 355.0  # seconds of a stage, whatever its parts do
+PROBE_LIMIT = 20.0
+STAGES = ("check", "measure", "sanitize")
 SANITIZER = ROOT / "tests" / "sanitize_gpu.sh"
-#: Seconds that a part may take, of what is left of LIMIT.
-BOXES = {
-    "build": 120.0,
-    "tests": 140.0,
-    "benchmarks": 190.0,
-    "profile": 60.0,
-    "ncu": 60.0,
-    "sanitizer": 180.0,
-}
+TEST_PROCESSES = 12
+#: What ncu looks at: a step of the loss launches this kernel once, and others beside it.
+MAIN_KERNEL = "_upsample_cross_entropy_kernel"
 PROBE = """
-import json, torch
-import importlib.util
-missing = [n for n in ("pybind11", "wheel", "pytest", "triton") if not importlib.util.find_spec(n)]
+import importlib.metadata, importlib.util, json, sys, torch
+names = ("pybind11", "wheel", "setuptools", "pytest", "triton")
+missing = [name for name in names if importlib.util.find_spec(name) is None]
+if "setuptools" not in missing:
+    version = importlib.metadata.version("setuptools")
+    if int(version.split(".")[0]) < 77:
+        missing.append("setuptools >= 77 (it has " + version + ")")
 found = torch.cuda.is_available()
-print(json.dumps({
-    "torch": torch.__version__,
-    "cuda": torch.version.cuda,
-    "device": torch.cuda.get_device_name() if found else None,
-    "missing": missing,
-    "capability": list(torch.cuda.get_device_capability()) if found else None,
-}))
+with open(sys.argv[1], "w") as file:
+    json.dump({
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name() if found else None,
+        "missing": missing,
+        "capability": list(torch.cuda.get_device_capability()) if found else None,
+    }, file)
 """
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command and its deadline, or why it is skipped. ``note``: what it has to do without."""
+
+    name: str
+    seconds: float
+    command: Sequence[str] = ()
+    skip: str = ""
+    note: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    #: Tried where the command fails, in what is left of its seconds.
+    otherwise: Part | None = None
+    #: Called where the command passes.
+    after: Callable[[], None] | None = None
+
+    def longest(self) -> float:
+        """Seconds, if it ignores every signal."""
+        return 0.0 if self.skip else self.seconds + processes.GRACE + processes.STUCK
 
 
 def probe() -> dict:
     """What torch sees; ends the program with one sentence where that is no GPU."""
-    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        sys.exit(f"make gpu: torch does not import in {sys.executable} ({why}). "
-                 "Choose another with: make gpu PYTHON=...")  # fmt: skip
-    found = json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder) / "found.json", Path(folder) / "log"
+        command = [sys.executable, "-c", PROBE, str(out)]
+        reason = processes.run(command, PROBE_LIMIT, log=log, repeat=False, grace=0.0)
+        if reason is not None:
+            why = (log.read_text().strip().splitlines() or [reason])[-1]
+            sys.exit(f"make gpu: torch does not import in {sys.executable} ({why}). "
+                     "Choose another with: make gpu PYTHON=...")  # fmt: skip
+        found = json.loads(out.read_text())
     if found["device"] is None:
         reason = "this torch was built without CUDA" if found["cuda"] is None else (
             f"torch was built for CUDA {found['cuda']}, but sees no device or no driver"
@@ -81,107 +116,260 @@ def probe() -> dict:
     return found
 
 
-def call(command: Sequence[str], limit: float, environment: dict[str, str]) -> str | None:
-    """Why the command failed, or None. Out of time, it is ended with all its children."""
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-    try:
-        code = process.wait(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return f"no end after {limit:.0f} s"
-    return None if code == 0 else f"exit status {code}"
+# --- the parts ------------------------------------------------------------------------------------
 
 
 def gpu_tests() -> list[str]:
-    """Files with tests for a GPU; the others may import what this machine lacks."""
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    """Files with tests for a GPU, the loss first; the others may import what this machine lacks."""
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda p: ("triton" not in p.name, p))
     return [str(path) for path in files if "pytest.mark.gpu" in path.read_text()]
 
 
-def commands(options: argparse.Namespace) -> dict[str, list[str] | str]:
-    """The command of each part, or why it is skipped."""
-    python = sys.executable
-    target = ["--device", options.device, *(["--quick"] if options.quick else [])]
-    ncu, bash = shutil.which("ncu"), shutil.which("bash")
+def find_tool(name: str) -> str | None:
+    """On the PATH, or in the CUDA toolkit."""
     toolkit = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
-    sanitizer: list[str] | str = [bash or "", str(SANITIZER)]
-    if not SANITIZER.exists():
-        sanitizer = f"there is no {SANITIZER.relative_to(ROOT)}"
-    elif not any(shutil.which("compute-sanitizer", path=path) for path in (None, toolkit)):
-        sanitizer = "compute-sanitizer is neither on the PATH nor in CUDA_HOME"
+    return shutil.which(name) or shutil.which(name, path=toolkit)
+
+
+def _stamp() -> Path:
+    """Tells for what the last build was; setuptools would compile everything anew."""
+    folder = ROOT / "build"
+    folder.mkdir(exist_ok=True)
+    return folder / "gpu.json"
+
+
+def is_built(machine: Mapping[str, object]) -> bool:
+    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "csrc").rglob("*.*")]
+    for stem in ("_C", "_pybind"):
+        built = [path.stat().st_mtime for path in (ROOT / "fcnseg").glob(f"{stem}*.so")]
+        if not built or max(path.stat().st_mtime for path in sources) > max(built):
+            return False
+    return _stamp().exists() and json.loads(_stamp().read_text()) == machine
+
+
+def build_part(options: argparse.Namespace, seconds: float) -> Part:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install",
+               "--no-build-isolation", "--no-deps", "-e", "."]  # fmt: skip
+    if options.device == "cpu":
+        return Part("build", seconds, skip="on the CPU, what is installed is taken")
+    if is_built(options.machine):
+        return Part("build", seconds, skip="built before, for this device and Python")
+    # the Triton kernels need no nvcc: better they alone than nothing
+    plain = Part("build without CUDA C++", seconds, command, environment={"FORCE_ONLY_CPU": "1"})
+    return Part(
+        "build", seconds, command, otherwise=plain,
+        after=lambda: _stamp().write_text(json.dumps(options.machine)),
+    )  # fmt: skip
+
+
+def tests_part(options: argparse.Namespace, seconds: float) -> Part:
+    """A timeout in a thread ends a process that hangs in a kernel; xdist then starts another."""
+    # a file that imports what this machine lacks must not keep the others from running
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu and not slow", "-rfE", "--tb=short",
+               "-p", "no:cacheprovider", "--continue-on-collection-errors"]  # fmt: skip
+    parallel = importlib.util.find_spec("xdist") is not None
+    timeout = importlib.util.find_spec("pytest_timeout") is not None
+    notes = []
+    if parallel:
+        command += ["-p", "broken_device"]
+        command += ["-n", str(min(TEST_PROCESSES, os.cpu_count() or 1))]
+    else:
+        notes.append("without pytest-xdist: in one process, which will not get far")
+    if timeout:
+        command += ["--timeout", "120", *(["--timeout-method", "thread"] if parallel else [])]
+    else:
+        notes.append("without pytest-timeout: a test that hangs stops the others of its process")
+    return Part(
+        "tests", seconds, [*command, *gpu_tests()], note="; ".join(notes),
+        # the processes share the cores
+        environment={"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+    )  # fmt: skip
+
+
+def suite_part(name: str, which: str, options: argparse.Namespace, seconds: float) -> Part:
+    """A set of suite.py, which is told to end itself before its deadline."""
+    command = [sys.executable, str(HERE / "suite.py"), which, *target(options)]
+    return Part(name, seconds, [*command, "--timeout", f"{seconds - 6:.0f}"])
+
+
+def target(options: argparse.Namespace) -> list[str]:
+    return ["--device", options.device, *(["--quick"] if options.quick else [])]
+
+
+def ncu_part(options: argparse.Namespace, folder: Path, seconds: float) -> Part:
+    tool = find_tool("ncu")
+    if tool is None:
+        return Part("ncu", seconds, skip="ncu is neither on the PATH nor in CUDA_HOME")
+    if options.device == "cpu":
+        return Part("ncu", seconds, skip="it needs a GPU")
+    launch = [sys.executable, str(HERE / "kernel_profile.py"), *target(options), "--launch"]
+    sections = ("SchedulerStats", "InstructionStats", "MemoryWorkloadAnalysis")
+    return Part(
+        "ncu", seconds,
+        # Of the launches that the name lets through, one per step: the third. Clocks as they are.
+        [tool, "--clock-control", "none", "--kernel-name", MAIN_KERNEL,
+         "--launch-skip", "2", "--launch-count", "1",
+         *(word for section in sections for word in ("--section", section)),
+         "--log-file", str(folder / "ncu.log"), *launch],
+    )  # fmt: skip
+
+
+def sanitizer_part(options: argparse.Namespace, seconds: float) -> Part:
+    bash, skip = shutil.which("bash"), ""
+    if options.device == "cpu":
+        skip = "it needs a GPU"
+    elif find_tool("compute-sanitizer") is None:
+        skip = "compute-sanitizer is neither on the PATH nor in CUDA_HOME"
     elif bash is None:
-        sanitizer = "it needs bash"
-    profile = [python, str(HERE / "kernel_profile.py"), *target]
+        skip = "it needs bash"
+    return Part("sanitizer", seconds, [bash or "", str(SANITIZER)], skip=skip)
+
+
+def parts(options: argparse.Namespace, folder: Path) -> dict[str, list[Part]]:
+    """The parts of every stage, in order."""
+    profile = [sys.executable, str(HERE / "kernel_profile.py"), *target(options)]
     return {
-        "build": [python, "-m", "pip", "--disable-pip-version-check", "install",
-                  "--no-build-isolation", "--no-deps", "-e", "."],
-        # a file that imports what this machine lacks must not keep the others from running
-        "tests": [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider",
-                  "--continue-on-collection-errors", "--maxfail", "20", *gpu_tests()],
-        "benchmarks": [python, str(HERE / "suite.py"), "gpu", *target],
-        "profile": profile,
-        # clocks stay as they are
-        "ncu": "ncu is not on the PATH" if ncu is None else [
-            ncu, "--clock-control", "none", "-k", "regex:upsample_cross_entropy",
-            "--launch-skip", "4", "--launch-count", "2", "--section", "SpeedOfLight",
-            "--section", "Occupancy", "--section", "WarpStateStats", *profile, "--launch"],
-        "sanitizer": sanitizer,
-    }  # fmt: skip
+        "check": [
+            build_part(options, 60),
+            tests_part(options, 170),
+            suite_part("smoke", "smoke", options, 65),
+        ],
+        "measure": [
+            build_part(options, 55),
+            suite_part("rehearse", "rehearse", options, 42),
+            suite_part("benchmarks", "gpu", options, 125),
+            Part("profile", 22, profile),
+            ncu_part(options, folder, 30),
+        ],
+        "sanitize": [build_part(options, 60), sanitizer_part(options, 240)],
+    }
 
 
-def main() -> int:
+# --- running them ---------------------------------------------------------------------------------
+
+
+class Stage:
+    """Runs parts one after the other, and keeps the log and the summary up to date."""
+
+    def __init__(self, name: str, about: str, folder: Path, environment: Mapping[str, str]) -> None:
+        self.name, self.about, self.folder, self.environment = name, about, folder, environment
+        self.log, self.summary = folder / f"{name}.log", folder / f"{name}_summary.txt"
+        self.outcomes: dict[str, str] = {}
+        self.built = True  # or there is nothing to build
+        self.began = time.time()
+        self.log.write_text("")
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        with self.log.open("a") as log:
+            log.write(f"{text}\n")
+
+    def note(self, part: str, outcome: str) -> None:
+        self.outcomes[part] = outcome
+        self.write_summary()
+
+    def results(self) -> list[Path]:
+        """The files of results that this stage wrote."""
+        names = [*self.folder.glob("smoke_*.json"), *self.folder.glob("gpu_*.json")]
+        return [path for path in names if path.stat().st_mtime >= self.began]
+
+    def figures(self) -> list[str]:
+        lines = []
+        for path in self.results():
+            for module, file in json.loads(path.read_text())["files"].items():
+                stem = module.removeprefix("bench_")
+                lines += [f"{stem}, {case}: {tables.sentence(row)}"
+                          for case, row in file["rows"].items()]  # fmt: skip
+                lines += [f"{stem}, {case}: FAILED: {why}" for case, why in file["failed"].items()]
+        return lines
+
+    def write_summary(self) -> None:
+        lines = [f"make gpu-{self.name}: {self.about}"]
+        lines += [f"{part}: {outcome}" for part, outcome in self.outcomes.items()]
+        self.summary.write_text("\n".join([*lines, "", *self.figures()]) + "\n")
+
+    def run(self, part: Part) -> None:
+        skip = part.skip or ("" if self.built else "the build failed")
+        if skip:
+            self.note(part.name, f"skipped: {skip}")
+            self.say(f"\n=== {part.name}: skipped: {skip}")
+            return
+        self.note(part.name, f"running since {datetime.datetime.now():%H:%M:%S}")
+        start = time.monotonic()
+        reason = self.call(part, part.seconds)
+        outcome, works = f"FAILED: {reason}", reason is None
+        if works:
+            outcome = f"passed in {time.monotonic() - start:.0f} s"
+            if part.after is not None:
+                part.after()
+        elif part.name == "ncu":  # often for root alone
+            outcome = f"skipped: {reason} (may this user read performance counters?)"
+        elif part.otherwise is not None:
+            left = part.seconds - (time.monotonic() - start)
+            works = left > 0 and self.call(part.otherwise, left) is None
+            outcome += f"; {part.otherwise.name}: {'passed' if works else 'failed too'}"
+        self.built = works or part.name != "build"
+        self.note(part.name, outcome + (f" ({part.note})" if part.note else ""))
+        self.say(f"--- {part.name}: {self.outcomes[part.name]}")
+
+    def call(self, part: Part, seconds: float) -> str | None:
+        self.say(f"\n=== {part.name}: {shlex.join(part.command)}")
+        if part.note:
+            self.say(part.note)
+        environment = {**self.environment, **part.environment}
+        return processes.run(part.command, seconds, environment=environment, log=self.log)
+
+    def finish(self) -> None:
+        """The outcomes into the files of results, and the summary once more."""
+        for path in self.results():
+            content = json.loads(path.read_text())
+            path.write_text(json.dumps({**content, "parts": self.outcomes}, indent=1) + "\n")
+        self.write_summary()
+        print(f"\n{self.summary.read_text()}", flush=True)
+
+
+Table = Callable[[argparse.Namespace, Path], dict[str, list[Part]]]
+
+
+def main(arguments: Sequence[str] | None = None, table: Table = parts) -> int:
     parser = argparse.ArgumentParser(description="make gpu")
-    parser.add_argument("--parts", nargs="+", choices=tuple(BOXES), default=list(BOXES))
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="of the stages: only these")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny problems: a test of the code")
-    options = parser.parse_args()
-    environment = dict(os.environ)
+    options = parser.parse_args(arguments)
+    if unknown := set(options.stages) - set(STAGES):
+        parser.error(f"no stage {min(unknown)!r}; choose from {', '.join(STAGES)}")
+    environment = processes.environment({"PYTHONUNBUFFERED": "1", "PYTHON": sys.executable})
+    about, options.machine = "a dry run on the CPU", {"python": sys.executable}
     if options.device == "cuda":
         found = probe()
-        print(f"make gpu: {found['device']}, torch {found['torch']}, CUDA {found['cuda']}")
+        about = f"{found['device']}, torch {found['torch']}, CUDA {found['cuda']}"
+        options.machine |= {key: found[key] for key in ("torch", "capability")}
         environment["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*found["capability"])
-    environment.update(PYTHONUNBUFFERED="1", PYTHON=sys.executable)
     folder = Path(os.environ.get("OUT") or HERE / "results").absolute()
     environment["OUT"] = str(folder)
-    start, began = time.monotonic(), time.time()
-    outcomes: dict[str, str] = {}
-    for name, command in commands(options).items():
-        if name not in options.parts:
-            continue
-        if isinstance(command, str):
-            outcomes[name] = f"skipped: {command}"
-            continue
-        part = time.monotonic()
-        left = LIMIT - (part - start)
-        if left < 15:
-            outcomes[name] = f"skipped: no time left: --parts {name} runs it alone"
-            continue
-        if outcomes.get("build", "").startswith("FAILED"):
-            outcomes[name] = "skipped: the build failed"
-            continue
-        print(f"\n=== {name}", flush=True)
-        limit = min(BOXES[name], left)
-        if name == "benchmarks":  # it ends itself, and keeps what it has
-            command = [*command, "--timeout", f"{max(limit - 15, 1):.0f}"]
-        reason = call(command, limit, environment)
-        seconds = time.monotonic() - part
-        outcomes[name] = f"FAILED: {reason}" if reason else f"passed in {seconds:.0f} s"
-        if reason and name == "ncu":  # often for root alone
-            outcomes[name] = f"skipped: {reason} (may this user read performance counters?)"
-    print("\n=== result", flush=True)
-    tables = [path for path in folder.glob("gpu_*.json") if path.stat().st_mtime >= began]
-    for table in tables:
-        content = json.loads(table.read_text())
-        table.write_text(json.dumps({**content, "parts": outcomes}, indent=1) + "\n")
-        call([sys.executable, str(HERE / "report.py"), "--print", str(table)], 60, environment)
-    for name, outcome in outcomes.items():
-        print(f"{name}: {outcome}")
-    failed = [name for name, outcome in outcomes.items() if outcome.startswith("FAILED")]
+    folder.mkdir(parents=True, exist_ok=True)
+    stages = [name for name in table(options, folder) if name in (options.stages or STAGES[:2])]
+    known = {part.name for name in stages for part in table(options, folder)[name]}
+    if unknown := set(options.parts or ()) - known:
+        parser.error(f"--parts: no {min(unknown)!r}; choose from {', '.join(sorted(known))}")
+    failed = []
+    for name in stages:
+        stage = Stage(name, about, folder, environment)
+        stage.say(f"make gpu-{name}: {about}")
+        try:
+            for part in table(options, folder)[name]:  # anew: what is built now is not built again
+                if options.parts is None or part.name in options.parts:
+                    stage.run(part)
+        finally:
+            stage.finish()
+        failed += [part for part, outcome in stage.outcomes.items() if "FAILED" in outcome]
     if failed:
         print(f"make gpu: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no part survives it
     sys.exit(main())

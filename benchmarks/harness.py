@@ -46,7 +46,7 @@ from typing import Any
 import torch
 from clocks import device, graph_replay, measure, rounds, statistics, synchronize, wall
 from memory import cuda_peak_memory
-from tables import header as header  # bench_training_step.py takes it from here
+from result_files import header as header  # bench_training_step.py takes it from here
 from torch import Tensor
 
 import fcnseg

@@ -21,10 +21,11 @@ from typing import Any
 
 import clocks
 import harness
+import result_files
 import suite
-import tables
 import torch
 
+LAUNCHES = 4  # steps of the loss with --launch
 REGISTERS = 65536
 MAX_BLOCKS = {75: 16, 86: 16, 87: 16, 89: 24}  # of a multiprocessor; else 32
 
@@ -41,17 +42,22 @@ def occupancy(
     return blocks * warps / max_warps
 
 
+def triton_kernels() -> Iterator[tuple[str, Any]]:
+    """Module, name and function of everything that is compiled by Triton."""
+    kernels = importlib.import_module("fcnseg.kernels")
+    for each in pkgutil.walk_packages(kernels.__path__, "fcnseg.kernels."):
+        module = importlib.import_module(each.name)
+        for name, function in vars(module).items():
+            if hasattr(function, "fn") and function.__module__ == module.__name__:
+                yield f"{each.name.removeprefix('fcnseg.kernels.')}.{name}", function
+
+
 def compiled_kernels() -> Iterator[tuple[str, Any]]:
     """Name and handle of each Triton kernel that this process has launched on CUDA."""
-    kernels = importlib.import_module("fcnseg.kernels")
-    for each in pkgutil.iter_modules(kernels.__path__):
-        module = importlib.import_module(f"fcnseg.kernels.{each.name}")
-        for name, function in vars(module).items():
-            if getattr(function, "__module__", None) != module.__name__:
-                continue
-            for device_cache in getattr(function, "device_caches", {}).values():
-                for kernel in device_cache[0].values():
-                    yield f"{each.name}.{name}", kernel
+    for name, function in triton_kernels():
+        for device_cache in getattr(function, "device_caches", {}).values():
+            for kernel in device_cache[0].values():
+                yield name, kernel
 
 
 def resources() -> list[dict[str, Any]]:
@@ -115,7 +121,7 @@ def main() -> None:
     loss = importlib.import_module("bench_upsample_cross_entropy")
     if options.launch:
         step = step_of(loss, options.quick)
-        for _ in range(4):
+        for _ in range(LAUNCHES):
             step()
         clocks.synchronize()
         return
@@ -131,9 +137,12 @@ def main() -> None:
     rows = resources() if options.device == "cuda" else []
     for row in rows:
         print(", ".join(f"{key} {value}" for key, value in row.items()))
+    about = result_files.header()
+    result_files.save("profile", {"kernels": rows}, about)
     text = profiler_table(step_of(loss, options.quick))
     print(text)
-    path = tables.save("profile", {"kernels": rows, "profiler": text.splitlines()})
+    content = {"kernels": rows, "profiler": text.splitlines()}
+    path = result_files.save("profile", content, about)
     print(os.path.relpath(path))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import clocks
 import memory
-import tables
+import result_files
 import torch
 from bench_upsample_cross_entropy import implementation
 from harness import Case, require_compiled
@@ -84,7 +84,7 @@ def main() -> None:
             name: [measure(PIXELS[3], name, threads, False) for threads in counts]
             for name in ("eager", "fused")
         }
-    print(os.path.relpath(tables.save("scaling", content)))
+    print(os.path.relpath(result_files.save("scaling", content)))
 
 
 if __name__ == "__main__":

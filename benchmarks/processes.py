@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 GRACE = 10.0  # seconds between SIGINT and SIGKILL
-STUCK = 3.0  # seconds after SIGKILL, for a process that waits for a driver
+STUCK = 1.0  # seconds after SIGKILL, for a process that waits for a driver
 POLL = 0.1
 LARGEST_LOG = 4 << 20  # bytes that one call of run may print
 
@@ -47,18 +47,19 @@ def _send(process: subprocess.Popen[bytes], number: int, whole_group: bool) -> N
 
 
 class _Log:
-    """What the process appends to a file, repeated on stdout."""
+    """What the process appends to a file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, repeat: bool) -> None:
         self.reader = path.open("rb")
+        self.repeat = repeat
         self.start = self.reader.seek(0, os.SEEK_END)
 
-    def repeat(self) -> None:
-        if text := self.reader.read():
+    def follow(self) -> int:
+        """The bytes so far; repeats the new ones on stdout."""
+        text = self.reader.read()
+        if text and self.repeat:
             sys.stdout.write(text.decode(errors="replace"))
             sys.stdout.flush()
-
-    def length(self) -> int:
         return self.reader.tell() - self.start
 
 
@@ -68,21 +69,22 @@ def run(
     *,
     environment: Mapping[str, str] | None = None,
     log: Path | None = None,
+    repeat: bool = True,
     grace: float = GRACE,
     group: bool = True,
     give_up: Callable[[], str | None] = lambda: None,
 ) -> str | None:
     """Why the command failed, or None. It lasts at most ``limit + grace + STUCK`` seconds.
 
-    ``log``: the file that its output is appended to; it is repeated on stdout. None: the output
-    goes where this process's goes. ``give_up`` is asked every tenth of a second and may end the
-    process early, with a reason.
+    ``log``: the file that its output is appended to, and from there repeated on stdout if
+    ``repeat``. None: the output goes where this process's goes. ``give_up`` is asked every tenth of
+    a second and may end the process early, with a reason.
 
     ``group``: the command leads a process group of its own, of which nobody survives the call, nor
     an exception in it. Without, it stays in the group of this process, for a deadline around both.
     """
     stream = None if log is None else log.open("ab")
-    follow = None if log is None else _Log(log)
+    output = None if log is None else _Log(log, repeat)
     try:
         # Never a session of its own: who ends the session ends this too.
         process = subprocess.Popen(
@@ -104,10 +106,8 @@ def run(
     try:
         while not has_ended(process) and reason is None:
             time.sleep(POLL)
-            if follow is not None:
-                follow.repeat()
-                if follow.length() > LARGEST_LOG:
-                    reason = f"more than {LARGEST_LOG >> 20} MB of output"
+            if output is not None and output.follow() > LARGEST_LOG:
+                reason = f"more than {LARGEST_LOG >> 20} MB of output"
             if time.monotonic() >= end:
                 reason = f"no end after {limit:.0f} s"
             reason = reason or give_up()
@@ -122,9 +122,9 @@ def run(
             code = process.wait(timeout=STUCK)
         except subprocess.TimeoutExpired:  # a driver holds it: nobody can end it
             code, reason = None, f"{reason}, and SIGKILL does not end it"
-        if follow is not None:
-            follow.repeat()
-            follow.reader.close()
+        if output is not None:
+            output.follow()
+            output.reader.close()
     if reason is None and code:
         reason = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     return reason

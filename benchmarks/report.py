@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import processes
+import result_files
 import tables
 
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
@@ -32,7 +33,7 @@ def documents() -> list[Path]:
 def newest(name: str) -> list[Path]:
     """The newest file of a set for each device; the CPUs first."""
     found: dict[tuple[str, str], Path] = {}
-    for path in sorted(tables.RESULTS.glob(f"{name}_*.json"), key=lambda p: p.stem[-10:]):
+    for path in sorted(result_files.RESULTS.glob(f"{name}_*.json"), key=lambda p: p.stem[-10:]):
         content = json.loads(path.read_text())
         if content.get("name") == name:
             about = content["header"]
@@ -161,7 +162,7 @@ def stale_blocks(text: str, document: Path) -> list[str]:
     """Blocks that are not what the files of results that they name give."""
     stale = []
     for match in BLOCK.finditer(text):
-        paths = [tables.RESULTS / name for name in dict.fromkeys(SOURCE.findall(match[3]))]
+        paths = [result_files.RESULTS / name for name in dict.fromkeys(SOURCE.findall(match[3]))]
         if not all(path.exists() for path in paths) or render(paths, document) != match[3]:
             stale.append(match[2])
     return stale
@@ -235,7 +236,7 @@ def main() -> None:
             document.write_text(fresh)
             print(f"rewrote {document.relative_to(processes.ROOT)}")
         for match in BLOCK.finditer(fresh):
-            for path in (tables.RESULTS / name for name in SOURCE.findall(match[3])):
+            for path in (result_files.RESULTS / name for name in SOURCE.findall(match[3])):
                 plots[plot_path(path, document)] = path
     for target, path in sorted(plots.items()):
         target.parent.mkdir(exist_ok=True)

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import clocks
+import result_files
 import tables
 import workers
 from harness import Mode, cases_of, in_one_process
@@ -90,20 +91,24 @@ def rehearsal_tasks(names: Sequence[str]) -> list[dict[str, Any]]:
     return ours + theirs
 
 
-def without_compile(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For tiny problems: it takes longer than all the rest."""
-    kept = [
+def for_a_dry_run(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Two cases of every file, without torch.compile, which takes longer than all the rest."""
+    pairs = list(dict.fromkeys((each["module"], each["case"]) for each in tasks))
+    names = [module for module, _ in pairs]
+    kept = [pair for i, pair in enumerate(pairs) if names[:i].count(pair[0]) < 2]
+    few = [
         {**each, "implementations": [x for x in each["implementations"] if x != "compile"]}
         for each in tasks
+        if (each["module"], each["case"]) in kept
     ]
-    return [each for each in kept if each["implementations"]]
+    return [each for each in few if each["implementations"]]
 
 
 def run_in_turn(
     name: str, tasks: Sequence[dict[str, Any]], options: argparse.Namespace
 ) -> dict[str, Any]:
     """The files of a set of make gpu, saved whenever something was found."""
-    about = tables.header(COMMANDS[name])
+    about = result_files.header(COMMANDS[name])
     load = [round(x, 2) for x in os.getloadavg()]
 
     def files(found: dict[str, Any]) -> dict[str, Any]:
@@ -117,14 +122,14 @@ def run_in_turn(
         quick=options.quick,
         limit=options.timeout,
         case_limit=CASE_LIMIT,
-        progress=lambda found: tables.save(name, {"files": files(found)}, about) and None,
+        progress=lambda found: result_files.save(name, {"files": files(found)}, about) and None,
     )
     return files(found)
 
 
 def run_files(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """The files of a set that are run one after the other, each with its modes."""
-    about = tables.header(COMMANDS[name])
+    about = result_files.header(COMMANDS[name])
     end = math.inf if options.timeout is None else time.monotonic() + options.timeout
     files: dict[str, Any] = {}
     for module in modules():
@@ -150,7 +155,7 @@ def run_files(name: str, options: argparse.Namespace) -> dict[str, Any]:
         except ImportError as error:
             files[module] = {"rows": {}, "failed": {"file": f"{type(error).__name__}: {error}"}}
         print(tables.table(files[module]["rows"]))
-        tables.save(name, {"files": files}, about)
+        result_files.save(name, {"files": files}, about)
     return files
 
 
@@ -168,7 +173,7 @@ def main() -> None:
     ways = {"smoke": smoke_tasks, "gpu": gpu_tasks, "rehearse": rehearsal_tasks}
     if options.set in ways:
         tasks = ways[options.set](modules())
-        tasks = without_compile(tasks) if options.quick else tasks
+        tasks = for_a_dry_run(tasks) if options.quick else tasks
     if options.set == "rehearse":
         count = max(1, min(16, os.cpu_count() or 1))
         workers.rehearse(tasks, count, quick=options.quick, limit=options.timeout)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import processes
+import result_files
 import tables
 import torch
 from clocks import DEVICE_VARIABLE, device, measure_rates, synchronize
@@ -69,7 +70,7 @@ def worker(text: str) -> None:
     torch.set_num_threads(options["threads"])
     rates = {} if options["rehearse"] else measure_rates(options["quick"])
     content: dict[str, Any] = {"rates": rates, "done": []}
-    tables.write(out, content)
+    result_files.write(out, content)
     for each in options["tasks"]:
         label = f"{each['module']}: {each['case']}"
         if options["case_limit"] is not None:  # where it hangs, before it is ended
@@ -92,7 +93,7 @@ def worker(text: str) -> None:
         for which, reason in row.pop("failed", {}).items():
             failed[f"{each['case']}, {which}"] = reason
         content["done"].append({"row": row, "failed": failed})
-        tables.write(out, content)
+        result_files.write(out, content)
         if not device_answers():
             os._exit(GO_ON)  # nothing can be freed
         gc.collect()
@@ -329,7 +330,7 @@ def main(file: str) -> None:
     )
     print(tables.table(content["rows"]))
     if not options.quick:
-        print(os.path.relpath(tables.save(module, content)))
+        print(os.path.relpath(result_files.save(module, content)))
     for name, reason in content["failed"].items():
         print(f"FAILED: {name}: {reason}", file=sys.stderr)
     sys.exit(1 if content["failed"] else 0)

@@ -6,8 +6,6 @@ import importlib
 import json
 import math
 import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,14 +20,13 @@ import fcnseg
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import clocks
-import gpu
 import harness
 import kernel_profile
 import memory
 import processes
 import report
+import result_files
 import suite
-import tables
 import workers
 
 RATES = {"bytes per ms": 1e6, "operations per ms": 1e9}
@@ -233,7 +230,7 @@ def test_tasks_go_on_after_one_that_dies_or_hangs(bad_bench: None) -> None:
 def test_tasks_without_time_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], limit: float, **options: Any) -> str:
         done = [{"row": {"fused": {"median": 1}}, "failed": {}}]
-        tables.write(Path(json.loads(command[-1])["out"]), {"rates": RATES, "done": done})
+        result_files.write(Path(json.loads(command[-1])["out"]), {"rates": RATES, "done": done})
         time.sleep(limit)
         return f"no end after {limit:.0f} s"
 
@@ -318,7 +315,7 @@ def test_a_broken_device_is_left_to_a_new_process(
         asked = json.loads(command[-1])
         starts.append([each["case"] for each in asked["tasks"]])
         done = [{"row": {"fused": {"median": 1}}, "failed": {}}]
-        tables.write(Path(asked["out"]), {"rates": RATES, "done": done})
+        result_files.write(Path(asked["out"]), {"rates": RATES, "done": done})
         return f"exit status {workers.GO_ON}" if len(asked["tasks"]) > 1 else None
 
     monkeypatch.setattr(processes, "run", run)
@@ -331,8 +328,8 @@ def test_a_broken_device_is_left_to_a_new_process(
 
 def test_header_names_what_the_numbers_belong_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [str(processes.HERE / "suite.py"), "matrix"])
-    assert tables.header()["command"] == "python benchmarks/suite.py matrix"
-    about = tables.header("make bench")
+    assert result_files.header()["command"] == "python benchmarks/suite.py matrix"
+    about = result_files.header("make bench")
     assert about["command"] == "make bench" and about["kind"] == "cpu"
     assert about["torch"] == torch.__version__ and about["commit"] and about["date"]
     assert about["build_info"] == fcnseg.build_info()
@@ -341,7 +338,7 @@ def test_header_names_what_the_numbers_belong_to(monkeypatch: pytest.MonkeyPatch
 
 def test_results_go_where_out_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUT", str(tmp_path / "new"))
-    path = tables.save("summary", {"files": {}})
+    path = result_files.save("summary", {"files": {}})
     assert path.parent == tmp_path / "new" and path.name.startswith("summary_")
     assert json.loads(path.read_text())["name"] == "summary"
 
@@ -491,7 +488,7 @@ def results(kind: str = "cpu") -> dict[str, Any]:
         "floor": harness.Work(500_000, 500_000, 10).floor(RATES),
         "skipped": {"liger": "needs liger_kernel"},
     }
-    about = tables.header("make bench") | {"kind": kind, "capability": "sm_90"}
+    about = result_files.header("make bench") | {"kind": kind, "capability": "sm_90"}
     rows = {"first": fast, "second": {"fused": times(1.0)}}
     file = {"threads": 1, "load_before": [0.5], "rows": rows, "failed": {"third": "it is wrong"}}
     return {"name": "summary", "header": about, "files": {"bench_upsample_argmax": file}}
@@ -520,7 +517,7 @@ def test_table_of_a_gpu_has_graph_wall_and_the_time_to_read_the_inputs() -> None
 
 def test_report_is_a_function_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
     for date, median in (("2026-01-02", 2.0), ("2026-01-03", 4.0)):
         content = results()
         row = content["files"]["bench_upsample_argmax"]["rows"]["first"]
@@ -552,55 +549,6 @@ def test_tables_match_the_committed_results(document: Path) -> None:
     assert report.stale_blocks(document.read_text(), document) == []
 
 
-# --- make gpu -------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_make_gpu_stops_at_once_without_a_gpu() -> None:
-    done = subprocess.run([sys.executable, str(gpu.__file__)], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("make gpu: no CUDA device: torch ")
-    assert "make gpu PYTHON=" in done.stderr
-
-
-def test_make_gpu_continues_past_a_failing_part(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    def python(code: str) -> list[str]:
-        return [sys.executable, "-c", code]
-
-    parts = {
-        "profile": python("raise SystemExit(3)"),
-        "tests": python("import time; time.sleep(60)"),
-        "sanitizer": "compute-sanitizer is not on the PATH",
-        "benchmarks": python("print('it ran')"),
-    }
-    monkeypatch.setattr(gpu, "commands", lambda options: parts)
-    monkeypatch.setitem(gpu.BOXES, "tests", 0.2)
-    monkeypatch.setenv("OUT", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--quick"])
-    start = time.monotonic()
-    assert gpu.main() == 1
-    assert time.monotonic() - start < 20
-    out, error = capfd.readouterr()
-    assert "it ran" in out
-    assert "profile: FAILED: exit status 3" in out and "tests: FAILED: no end after 0 s" in out
-    assert "sanitizer: skipped: compute-sanitizer is not on the PATH" in out
-    assert "benchmarks: passed" in out
-    assert error.endswith("make gpu: failed: profile, tests\n")
-
-    parts["build"] = python("raise SystemExit(4)")  # nothing is worth doing after that
-    parts["tests"] = parts.pop("tests")
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--parts", "build", "tests"])
-    assert gpu.main() == 1
-    assert "tests: skipped: the build failed" in capfd.readouterr().out
-
-
-def test_make_gpu_takes_the_files_with_gpu_tests() -> None:
-    names = {Path(path).name for path in gpu.gpu_tests()}
-    assert "test_triton_gpu.py" in names and "test_data.py" not in names
-
-
 @pytest.mark.parametrize(
     ("registers", "warps", "shared", "expected"),
     [
@@ -612,25 +560,3 @@ def test_make_gpu_takes_the_files_with_gpu_tests() -> None:
 )
 def test_occupancy(registers: int, warps: int, shared: int, expected: float) -> None:
     assert kernel_profile.occupancy(registers, warps, shared, 233_472, 64, 32) == expected
-
-
-@compiled
-@pytest.mark.slow
-def test_make_gpu_runs_on_the_cpu_with_tiny_problems(tmp_path: Path) -> None:
-    if shutil.which("c++") is None:
-        pytest.skip("torch.compile needs a compiler")
-    command = [sys.executable, str(gpu.__file__), "--device", "cpu", "--quick"]
-    done = subprocess.run(
-        [*command, "--parts", "benchmarks", "profile"],
-        env=processes.environment({"OUT": str(tmp_path)}),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("gpu_*.json")
-    content = json.loads(path.read_text())
-    assert set(content["files"]) == set(suite.modules())
-    assert all("fused" in row for f in content["files"].values() for row in f["rows"].values())
-    assert set(content["parts"]) == {"benchmarks", "profile"}
-    assert "\n=== result\n| operator | case |" in done.stdout
-    assert list(tmp_path.glob("profile_*.json"))
