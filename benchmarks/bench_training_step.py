@@ -37,7 +37,7 @@ from clocks import DEVICE_VARIABLE
 from harness import require_compiled
 from jobs import HEADER, Job, Results, run_jobs
 from processes import environment
-from tables import header, write
+from result_files import header, write
 from torch import Tensor
 from training_configurations import (
     CONFIGURATIONS,

@@ -46,7 +46,6 @@ from typing import Any
 import torch
 from clocks import device, graph_replay, measure, rounds, statistics, synchronize, wall
 from memory import cuda_peak_memory
-from result_files import header as header  # bench_training_step.py takes it from here
 from torch import Tensor
 
 import fcnseg

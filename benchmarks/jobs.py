@@ -27,9 +27,9 @@ from typing import Any, Literal
 
 import processes
 from harness import first_line
-from tables import header, results_path, write
+from result_files import header, results_path, write
 
-#: Name of the job that finds what all figures belong to, by tables.header(**arguments).
+#: Name of the job that finds what all figures belong to, by result_files.header(**arguments).
 HEADER = "header"
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl
 _CODE = "import sys, jobs; jobs.serve(*sys.argv[1:])"
