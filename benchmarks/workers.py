@@ -31,7 +31,9 @@ from harness import Mode, cases_of, first_line, in_one_process, measure_case
 from memory import peak_memory
 
 GRACE = 3.0  # seconds; less than that of a deadline around this process
-START = 60.0  # seconds for a process to start and to measure the rates
+START = 60.0  # seconds for a process to start and to measure the rates, and to end
+#: What is kept is written, and CUDA and the compiler take long to take down.
+CODE = "import os, sys, workers; workers.worker(sys.argv[1]); sys.stdout.flush(); os._exit(0)"
 GO_ON = 75  # exit status: the device answers no more, but would to a new process
 NO_TIME = "no time left"
 INTERRUPTED = "ended by SIGINT"  # as processes.run words it; from outside, at a deadline of all
@@ -154,6 +156,8 @@ class _Follower:
         lasted = time.monotonic() - self.since
         if self.seen is None:
             return f"no start after {START:.0f} s" if lasted > START else None
+        if self.done == len(self.tasks):
+            return f"no end after {START:.0f} s more" if lasted > START else None
         if self.case_limit is not None and lasted > self.case_limit:
             return f"no end after {self.case_limit:.0f} s"
         return None
@@ -197,8 +201,7 @@ def run_tasks(
             }  # fmt: skip
             follower = _Follower(out, todo, found, case_limit, lambda: progress(found))
             reason = processes.run(
-                [sys.executable, "-c", "import sys, workers; workers.worker(sys.argv[1])",
-                 json.dumps(options)],
+                [sys.executable, "-c", CODE, json.dumps(options)],
                 min(end - time.monotonic(), 1e9),
                 environment=processes.environment(
                     {DEVICE_VARIABLE: device(), **(environment or {})}
