@@ -94,6 +94,8 @@ def extensions() -> list[Extension]:
         "fcnseg._C",
         sources,
         define_macros=macros,
+        # Headers: an edit of one compiles anew.
+        depends=[*glob.glob("csrc/c*/*.h"), *glob.glob("csrc/cuda/*.cuh")],
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         py_limited_api=True,  # links without libtorch_python; the file still carries Python's tag
         **options,

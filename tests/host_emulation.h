@@ -11,6 +11,7 @@
 #define FCNSEG_DEVICE inline
 #define FCNSEG_BOUNDS(threads, blocks)
 #define FCNSEG_UNROLL
+#define FCNSEG_NO_UNROLL
 #define FCNSEG_SHARED(type, name) type* name = reinterpret_cast<type*>(emulated_shared)
 
 struct EmulatedIndex {
@@ -22,6 +23,18 @@ inline unsigned char* emulated_shared;
 inline std::barrier<>* emulated_barrier;
 
 inline void __syncthreads() { emulated_barrier->arrive_and_wait(); }
+
+inline int __ffs(int word) { return __builtin_ffs(word); }
+
+// Byte i of the result is the byte of b:a that nibble i of the selector names.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long both = static_cast<unsigned long long>(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  }
+  return result;
+}
 
 template <typename T>
 T atomicAdd(T* address, T value) {

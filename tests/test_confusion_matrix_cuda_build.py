@@ -15,7 +15,9 @@ import fcnseg
 ROOT = Path(__file__).parent.parent
 CUDA = ROOT / "csrc" / "cuda"
 LABELS = ("Label8", "Label16", "Label32", "Label64")
-ENTRIES = ("count_replicated", "count_single", "count_global")
+#: Kernels, and the registers of a thread that leave a multiprocessor full enough.
+ENTRIES = {"count_replicated": 64, "count_single": 64, "count_global": 80, "record_invalid": 64}
+COUNTING = ("count_replicated", "count_single", "count_global")
 
 
 def _nvidia_files(pattern: str) -> list[Path]:
@@ -32,6 +34,10 @@ def _cuobjdump(*arguments: str) -> str:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or of nvidia-cuda-cuobjdump")
     command = [str(programs[0]), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _ceiling(mangled: str) -> int:
+    return next(most for entry, most in ENTRIES.items() if entry in mangled)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -55,7 +61,7 @@ def test_nvrtc_compiles_for_volta() -> None:
     program = ctypes.c_void_p()
     source = b'#include "confusion_matrix_kernel.cuh"\n'
     assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"k.cu", 0, None, None) == 0
-    for entry, prediction, target in itertools.product(ENTRIES, LABELS, LABELS):
+    for entry, prediction, target in itertools.product(COUNTING, LABELS, LABELS):
         name = f"&fcnseg::{entry}<fcnseg::{prediction}, fcnseg::{target}>"
         assert nvrtc.nvrtcAddNameExpression(program, name.encode()) == 0
     options = ["--gpu-architecture=sm_70", "--std=c++17", f"-I{CUDA}", "--ptxas-options=-v"]
@@ -67,7 +73,10 @@ def test_nvrtc_compiles_for_volta() -> None:
     nvrtc.nvrtcGetProgramLog(program, buffer)
     log = buffer.value.decode()
     assert result == 0, log
-    assert max(int(found) for found in re.findall(r"Used (\d+) registers", log)) <= 64
+    used = re.findall(r"entry function '(\S+)'.*?Used (\d+) registers", log, re.DOTALL)
+    assert len(used) == len(LABELS) ** 2 * len(COUNTING) + 1  # and record_invalid
+    for name, registers in used:
+        assert int(registers) <= _ceiling(name), name
     assert all(int(found) == 0 for found in re.findall(r"(\d+) bytes spill", log))
 
 
@@ -88,7 +97,7 @@ def test_fat_binary_holds_what_was_asked_for() -> None:
         )
     usage = _cuobjdump("--dump-resource-usage", library.origin)
     ours = re.findall(r"Function (\S*fcnseg\S*):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
-    per_arch = len(LABELS) ** 2 * len(ENTRIES) + 1  # and record_invalid
+    per_arch = len(LABELS) ** 2 * len(COUNTING) + 1  # and record_invalid
     assert len(ours) == per_arch * len(expected)
     for name, registers, stack, local in ours:
-        assert int(registers) <= 64 and (int(stack), int(local)) == (0, 0), name
+        assert int(registers) <= _ceiling(name) and (int(stack), int(local)) == (0, 0), name

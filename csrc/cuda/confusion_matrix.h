@@ -13,11 +13,11 @@ struct LabelMap {
   LabelType type;
 };
 
-// Returns a cudaError_t. `counters`: int64 (invalid) or, with `detailed`, (invalid, ignored,
-// ~first).
-int launch_confusion_matrix(LabelMap prediction, LabelMap target, int64_t size, int num_classes,
-                            int64_t ignore_index, int64_t* matrix, int64_t* counters, bool detailed,
-                            int device, void* stream);
+// Returns a cudaError_t. `width`: pixels from one to that below it, a matter of speed. `counters`:
+// int64 (invalid) or, with `detailed`, (invalid, ignored, ~first). `device` is the current one.
+int launch_confusion_matrix(LabelMap prediction, LabelMap target, int64_t size, int64_t width,
+                            int num_classes, int64_t ignore_index, int64_t* matrix,
+                            int64_t* counters, bool detailed, int device, void* stream);
 
 // Adds detailed counters to a record (count, value, n, y, x). Returns a cudaError_t.
 int launch_record_invalid(LabelMap prediction, LabelMap target, int64_t size, int num_classes,

@@ -52,6 +52,10 @@ LabelMap label_map(const Tensor& labels) {
   }
 }
 
+int64_t width_of(const Tensor& labels) {
+  return labels.dim() == 0 ? 1 : labels.size(labels.dim() - 1);
+}
+
 int64_t* int64_data(Tensor& tensor, const char* expected, bool fits) {
   STD_TORCH_CHECK(fits && tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Long,
                   "confusion_matrix_: expected a contiguous int64 ", expected);
@@ -79,7 +83,7 @@ void confusion_matrix_cuda(Tensor matrix, Tensor prediction, Tensor target, int6
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor p = torch::stable::contiguous(prediction);
   const Tensor t = torch::stable::contiguous(target);
-  check_launch(launch_confusion_matrix(label_map(p), label_map(t), p.numel(),
+  check_launch(launch_confusion_matrix(label_map(p), label_map(t), p.numel(), width_of(t),
                                        static_cast<int>(matrix.size(0)), ignore_index, out,
                                        counters, detailed, device, current_stream(device)));
 }
@@ -94,12 +98,10 @@ void record_invalid_cuda(Tensor record, Tensor counters, Tensor prediction, Tens
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor p = torch::stable::contiguous(prediction);
   const Tensor t = torch::stable::contiguous(target);
-  const int64_t dim = t.dim();
-  const int64_t height = dim < 2 ? 1 : t.size(dim - 2);
-  const int64_t width = dim < 1 ? 1 : t.size(dim - 1);
+  const int64_t height = t.dim() < 2 ? 1 : t.size(t.dim() - 2);
   check_launch(launch_record_invalid(label_map(p), label_map(t), t.numel(),
-                                     static_cast<int>(num_classes), height, width, counted, fields,
-                                     current_stream(device)));
+                                     static_cast<int>(num_classes), height, width_of(t), counted,
+                                     fields, current_stream(device)));
 }
 
 }  // namespace
