@@ -39,7 +39,7 @@ from tests.ptx_emulator.triton_bridge import FakeDriver, Session
 
 F16, U8, I64 = torch.float16, torch.uint8, torch.int64
 PLAIN = (False, None, None)
-STRIDE = 8
+STRIDE = 8  # of bilinear upsampling
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,12 @@ def bilinear_operators(classes: int) -> Iterator[tuple[str, int, Launch]]:
 
 
 def conv_transpose_operators(classes: int) -> Iterator[tuple[str, int, Launch]]:
-    """The same of transposed convolutions, full and one channel a class, of fp16 operands."""
-    samples = 8 if classes < 100 else 4
-    size = (samples * STRIDE,) * 2
+    """The same of transposed convolutions, full and one channel a class, of fp16 operands.
+
+    As many cells as fill the blocks of programs; fewer pixels a cell the more classes there are.
+    """
+    samples, stride = 15, 4 if classes < 100 else 2
+    size = (samples * stride,) * 2
     pixels = size[0] * size[1]
     x, target = make(1, classes, samples, samples, *size, F16)
 
@@ -116,8 +119,8 @@ def conv_transpose_operators(classes: int) -> Iterator[tuple[str, int, Launch]]:
         return lambda: launchers.conv_transpose_argmax_forward(x, weight, None, size, *geometry, U8)
 
     for name, groups in (("full", 1), ("grouped", classes)):
-        weight = torch.randn(classes, classes // groups, 2 * STRIDE, 2 * STRIDE).to(F16)
-        geometry = ((STRIDE,) * 2, (STRIDE // 2,) * 2, (0, 0), groups, (1, 1), (0, 0))
+        weight = torch.randn(classes, classes // groups, 2 * stride, 2 * stride).to(F16)
+        geometry = ((stride,) * 2, (stride // 2,) * 2, (0, 0), groups, (1, 1), (0, 0))
         yield f"conv {name} loss", pixels, loss(weight, geometry)
         yield f"conv {name} argmax", pixels, argmax(weight, geometry)
 

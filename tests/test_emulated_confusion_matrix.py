@@ -1,0 +1,177 @@
+"""The CUDA C++ confusion matrix, compiled by NVRTC and executed without a GPU.
+
+Counts are compared with numpy's. An access out of bounds, misaligned or to memory that nobody wrote
+is a fault, and so is a race within or between blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.ptx_emulator import Kernel, Memory, Report
+from tests.ptx_emulator.case import ARCHS
+from tests.ptx_emulator.memory import Array
+from tests.ptx_emulator.nvrtc import Nvrtc, library
+
+CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
+LIBRARY = library()
+TYPES = {"Label8": np.uint8, "Label16": np.int16, "Label32": np.int32, "Label64": np.int64}
+PAIRS = tuple(itertools.product(TYPES, TYPES))
+SAME = tuple((name, name) for name in TYPES)
+#: Threads of a block, and tables in its shared memory.
+STRATEGIES = {"count_replicated": (256, 8), "count_single": (1024, 1), "count_global": (256, 0)}
+IGNORED = 255
+#: Classes, pixels, pixels that the labels start past an aligned address, blocks.
+SHAPES = [(19, 3001, 0, 2), (2, 700, 1, 1), (19, 5, 3, 1)]
+
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason="needs nvidia-cuda-nvrtc-cu12")
+
+
+def expression(strategy: str, prediction: str, target: str) -> str:
+    return f"&fcnseg::{strategy}<fcnseg::{prediction}, fcnseg::{target}>"
+
+
+HEADER = "confusion_matrix_kernel.cuh"
+
+
+@functools.cache
+def compiled(
+    arch: int, pairs: tuple[tuple[str, str], ...] = SAME, source: str = f'#include "{HEADER}"\n'
+) -> tuple[str, dict[str, str]]:
+    assert LIBRARY is not None
+    names = [expression(strategy, *pair) for strategy in STRATEGIES for pair in pairs]
+    return Nvrtc(LIBRARY).compile(source, CUDA, arch, [*names, "&fcnseg::record_invalid"])
+
+
+def label_maps(classes: int, size: int, seed: int = 0) -> tuple[Array, Array]:
+    """Runs of labels, a tenth ignored, a hundredth bad; most predictions are right."""
+    rng = np.random.default_rng(seed)
+    target = np.repeat(rng.integers(0, classes, size), rng.integers(1, 6, size))[:size]
+    target[rng.random(size) < 0.1] = IGNORED
+    right = rng.random(size) < 0.7
+    prediction = np.where(right, target % classes, rng.integers(0, classes, size))
+    target[rng.random(size) < 0.01] = classes + 3
+    prediction[rng.random(size) < 0.01] = classes
+    return prediction, target
+
+
+def expected(prediction: Array, target: Array, classes: int) -> tuple[Array, list[int]]:
+    """The matrix, and the counters: bad pixels, ignored ones, the first bad one (-1: none)."""
+    p, t = prediction.astype(np.int64), target.astype(np.int64)
+    kept = t != IGNORED
+    good = kept & (t >= 0) & (t < classes) & (p >= 0) & (p < classes)
+    matrix = np.bincount(t[good] * classes + p[good], minlength=classes**2)
+    bad = np.flatnonzero(kept & ~good)
+    counters = [len(bad), int((~kept).sum()), int(bad[0]) if len(bad) else -1]
+    return matrix.reshape(classes, classes), counters
+
+
+def pixels_of(prediction: Array, target: Array, classes: int) -> bytes:
+    """The struct Pixels."""
+    pointers = prediction.ctypes.data, target.ctypes.data
+    return struct.pack("<QQqi4xq", *pointers, target.size, classes, IGNORED)
+
+
+def count(
+    kernel: Kernel,
+    pair: tuple[str, str],
+    tables: int,
+    shape: tuple[int, int, int, int],
+    schedule: str,
+    every_counter: bool,
+    report: Report,
+) -> None:
+    """Launches a kernel on labels of these types, and compares what it counts."""
+    classes, size, shift, blocks = shape
+    prediction, target = (
+        labels.astype(TYPES[name])[shift:]
+        for labels, name in zip(label_maps(classes, size + shift), pair, strict=True)
+    )
+    memory = Memory()
+    matrix = np.ones((classes, classes), np.uint64)
+    counters = np.zeros(3, np.uint64)
+    for name, array in (("prediction", prediction), ("target", target), ("counters", counters)):
+        memory.add_array(array, name)
+    at = counters.ctypes.data
+    pointers = struct.pack("<QQQ", at, *((at + 8, at + 16) if every_counter else (0, 0)))
+    kernel.shared_bytes = 4 * tables * classes**2
+    arguments = [pixels_of(prediction, target, classes), matrix, pointers]
+    kernel.launch((blocks,), arguments, memory, report, schedule=schedule)
+    wanted, found = expected(prediction, target, classes)
+    case = (pair, shape, schedule)
+    np.testing.assert_array_equal(matrix, wanted + 1, err_msg=str(case))
+    assert int(counters[0]) == found[0], case
+    if every_counter:
+        first = int(~counters[2]) if counters[2] else -1
+        assert [int(counters[1]), first] == found[1:], case
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("arch", "pairs"),
+    [
+        (70, SAME),
+        (80, SAME),
+        (90, PAIRS),
+        *(pytest.param(arch, PAIRS, marks=pytest.mark.slow) for arch in (70, 80)),
+    ],
+)
+def test_counts(arch: int, pairs: tuple[tuple[str, str], ...], strategy: str) -> None:
+    """Pairs of label types, aligned or not, with all counters and with the count alone."""
+    ptx, names = compiled(arch, pairs)
+    threads, tables = STRATEGIES[strategy]
+    report = Report()
+    for pair in pairs:
+        kernel = Kernel(ptx, names[expression(strategy, *pair)], threads=threads)
+        for shape in SHAPES:
+            count(kernel, pair, tables, shape, "lockstep", True, report)
+            count(kernel, pair, tables, shape, "backward", False, report)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("barrier", [0, 1])
+def test_a_missing_barrier_is_found(barrier: int) -> None:
+    """Before the counting, and before the sums of the tables."""
+    pieces = (CUDA / HEADER).read_text().split("__syncthreads();")
+    assert len(pieces) == 3
+    source = "__syncthreads();".join(pieces[: barrier + 1]) + "__syncthreads();".join(
+        pieces[barrier + 1 :]
+    )
+    ptx, names = compiled(90, SAME, source)
+    kernel = Kernel(ptx, names[expression("count_replicated", "Label8", "Label8")], threads=256)
+    report = Report()
+    count(kernel, ("Label8", "Label8"), 8, SHAPES[0], "lockstep", True, report)
+    assert any("shared race" in fault.kind for fault in report.faults()), report
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_record_of_the_first_bad_label(arch: int) -> None:
+    """The record takes value and position of one call, and the counts of all."""
+    ptx, names = compiled(arch)
+    kernel = Kernel(ptx, names["&fcnseg::record_invalid"], threads=1)
+    prediction, target = np.full(60, 1, np.uint8), np.zeros(60, np.int64)
+    target[37], prediction[20] = 9, 77
+    record, report = np.zeros(5, np.int64), Report()
+    height, width = 4, 5
+
+    def add(invalid: int, first: int) -> list[int]:
+        memory = Memory()
+        memory.add_array(prediction, "prediction")
+        memory.add_array(target, "target")
+        counters = np.array([invalid, 0, ~np.uint64(first) if invalid else 0], np.uint64)
+        arguments = [pixels_of(prediction, target, 3), 1, 8, height, width, counters, record]
+        kernel.launch((1,), arguments, memory, report)
+        return [int(number) for number in record]
+
+    assert add(0, 0) == [0] * 5
+    assert add(2, 37) == [2, 9, 1, 3, 2]
+    assert add(3, 20) == [5, 9, 1, 3, 2]
+    record[:] = 0
+    assert add(1, 20) == [1, 77, 1, 0, 0]  # the prediction is bad there, the target is not
+    assert report.ok, report
