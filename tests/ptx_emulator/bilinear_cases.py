@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fcnseg import reference
-from tests.kernel_cases import PLAIN
+from tests.kernel_cases import GEOMETRIES, LAYOUTS, PLAIN, lay_out
 from tests.ptx_emulator import launchers
 from tests.ptx_emulator.case import ARCHS, Case
 from tests.ptx_emulator.check import Check
@@ -61,21 +62,22 @@ def loss_case(
     logits: Tensor,
     target: Tensor,
     loss: Loss = Loss(),  # noqa: B008 (frozen)
-    weighted: bool = False,
+    weight: Tensor | None = None,
     geometry: Geometry = PLAIN,
     record_expected: list[int] | None = None,
     alone: bool = False,
+    in_place: bool = False,
+    multiprocessors: int = 132,
 ) -> Callable[[Check], None]:
     """Loss and gradient; ``alone``: the loss once more, where no gradient is wanted."""
 
     def run(check: Check) -> None:
-        weight = torch.linspace(0.5, 1.5, logits.shape[1]) if weighted else None
         torch.manual_seed(0)
-        upstream = torch.randn(target.shape) if loss.per_pixel else torch.tensor(-3.0)
+        upstream = torch.randn(target.shape) if loss.per_pixel else torch.tensor(-2.5)
         record = launchers.no_record()
-        with launches_on(check.session):
+        with launches_on(check.session, multiprocessors):
             value, gradient = launchers.bilinear_loss(
-                logits, target, weight, loss, geometry, upstream, record
+                logits, target, weight, loss, geometry, upstream, record, in_place
             )
         exact, eager = (
             launchers.bilinear_loss_reference(
@@ -93,7 +95,7 @@ def loss_case(
         if record.tolist() != (record_expected or [0] * 5):
             check.wrong.append(f"record {record.tolist()}")
         if alone:
-            with launches_on(check.session):
+            with launches_on(check.session, multiprocessors):
                 value = launchers.bilinear_loss_alone(
                     logits, target, weight, loss, geometry, launchers.no_record()
                 )
@@ -102,8 +104,8 @@ def loss_case(
     return run
 
 
-def spoiled(spoil: Spoil, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    logits, target = tensors
+def spoiled(spoil: Spoil, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The tensors, changed in place."""
     spoil(logits, target)
     return logits, target
 
@@ -125,6 +127,7 @@ def confusion_case(
     geometry: Geometry = PLAIN,
     counted: bool = False,
     bad: int = 0,
+    multiprocessors: int = 132,
 ) -> Callable[[Check], None]:
     """Counts added to a transposed matrix; ``counted``: bad labels go to a counter."""
 
@@ -136,7 +139,7 @@ def confusion_case(
         reference.confusion_matrix_(expected, predicted, target, 255)
         record = launchers.no_record()
         invalid = torch.zeros(1, dtype=I64) if counted else None
-        with launches_on(check.session):
+        with launches_on(check.session, multiprocessors):
             launchers.upsample_confusion_matrix_forward_(
                 matrix, logits, target, 255, *geometry, record, invalid
             )
@@ -154,20 +157,149 @@ def geometry_name(sizes: tuple[int, ...], geometry: Geometry) -> str:
     return name + (" corners" if geometry[0] else "") + (" scale" if geometry[1] else "")
 
 
+#: Two images of 3 x 4 samples and cells of 8 x 8 pixels: the shape that most cases share, and with
+#: it the compiled kernels.
+SHAPE = (3, 4, 24, 32)
+
+
 def option_cases() -> Iterator[Case]:
+    """Reductions, class weights and smoothing; dtypes of logits, labels and class weights."""
+    x, y = make(2, 19, *SHAPE)
+    weights = torch.linspace(0.5, 1.5, 19)
+    quick: dict[str, tuple[int, ...]] = {
+        "mean": ARCHS, "mean weight smoothing": ARCHS, "none": ARCHS, "mean weight": (80,),
+        "mean smoothing": (70,), "sum": (90,), "none weight smoothing": (90,),
+    }  # fmt: skip
     for reduction, weighted, smoothing in itertools.product(
         ("mean", "sum", "none"), (False, True), (0.0, 0.1)
     ):
-        options = f"{reduction}{' weight' * weighted}{' smoothing' * (smoothing > 0)}"
-        x, y = make(2, 19, 3, 4, 24, 32)
-        quick = {"mean": ARCHS, "none": ARCHS, "mean weight smoothing": (90,)}
-        run = loss_case(x, y, Loss(255, reduction, smoothing), weighted, alone=reduction != "none")
-        yield Case(f"loss {options}", run, quick.get(options, ()))
+        name = f"{reduction}{' weight' * weighted}{' smoothing' * (smoothing > 0)}"
+        loss, weight = Loss(255, reduction, smoothing), weights if weighted else None
+        archs = quick.get(name, ())
+        yield Case(f"loss {name}", loss_case(x, y, loss, weight), archs)
+        if reduction != "none":
+            alone = loss_case(x, y, loss, weight, alone=True)
+            yield Case(f"loss {name} alone", alone, (90,) if name == "mean" else ())
+    yield Case("loss over its workspace", loss_case(x, y, in_place=True), (90,))
+    half = weights.to(F16)
+    for dtype, labels, reduction, archs in (
+        (F16, I64, "mean", ARCHS), (F16, U8, "mean", (80,)), (F16, I64, "none", ()),
+        (BF16, I32, "mean", ()), (BF16, I64, "none", (80,)), (F32, U8, "mean", ()),
+        (F32, I32, "none", ()),
+    ):  # fmt: skip
+        x, y = make(2, 19, *SHAPE, dtype, labels)
+        loss = Loss(255, reduction)
+        name = f"{SHORT[dtype]} {SHORT[labels]} {reduction}"
+        yield Case(f"loss {name}", loss_case(x, y, loss), archs)
+        if dtype == F16 and labels == I64:
+            yield Case(f"loss {name} fp16 weight", loss_case(x, y, loss, half))
+    for C, archs in ((1, (70, 90)), (2, (80,)), (3, ()), (21, ()), (150, (90,)), (300, (70,))):
+        ignored = 255 if C < 255 else -100
+        x, y = make(1, C, 2, 3, 16, 24, ignored=ignored)
+        for reduction in ("mean", "none"):
+            run = loss_case(x, y, Loss(ignored, reduction))
+            yield Case(f"loss {C} classes {reduction}", run, archs if reduction == "mean" else ())
+
+
+def value_cases() -> Iterator[Case]:
+    """Logits and labels that take another path through the same kernels."""
+    weights = torch.linspace(0.5, 1.5, 19)
+    for spread, archs in ((8.0, ()), (100.0, ARCHS)):
+        x, y = make(2, 19, *SHAPE, spread=spread)
+        yield Case(f"loss spread {spread:g}", loss_case(x, y), archs)
+        run = loss_case(x, y, Loss(smoothing=0.1), weights)
+        yield Case(f"loss spread {spread:g} weight smoothing", run, archs)
+        yield Case(f"loss spread {spread:g} none", loss_case(x, y, Loss(reduction="none")), archs)
+    for value, at, reduction in itertools.product(
+        (math.nan, math.inf, -math.inf), ((0, 0), (1, 1)), ("mean", "none")
+    ):
+        x, y = spoiled(put_logit(1, *at, value), *make(2, 19, *SHAPE))
+        quick = at == (1, 1) and (reduction == "mean") == (value != math.inf)
+        run = loss_case(x, y, Loss(reduction=reduction))
+        yield Case(f"loss logit {value} at {at} {reduction}", run, ARCHS if quick else ())
+    for reduction in ("mean", "sum", "none"):
+        bad = put_label((1, 6, 7), 2**32 + 3)  # whose lower half is a class
+        x, y = spoiled(bad, *make(2, 19, *SHAPE))
+        run = loss_case(
+            x, y, Loss(reduction=reduction), record_expected=[1, 2**32 + 3, 1, 6, 7]
+        )  # fmt: skip
+        yield Case(f"loss bad label {reduction}", run, () if reduction == "sum" else ARCHS)
+    x, y = spoiled(put_label((...,), 255), *make(2, 19, *SHAPE))
+    yield Case("loss all ignored", loss_case(x, y), ARCHS)
+    x, y = make(2, 19, *SHAPE, ignored=2)
+    yield Case("loss ignored value is a class", loss_case(x, y, Loss(ignore_index=2)), (90,))
+    light = torch.where(torch.arange(19) < 18, 0.0, 1.0)
+    x, y = make(2, 18, *SHAPE)
+    x = torch.cat([x, x[:, :1]], 1)  # no pixel carries the class that weighs something
+    yield Case("loss of pixels that weigh nothing", loss_case(x, y, weight=light), (80,))
+
+
+def geometry_cases() -> Iterator[Case]:
+    """Ratios, layouts, and what lies between programs and between bands of cell rows."""
+    quick: dict[str, tuple[int, ...]] = {
+        "3x4 to 25x31": ARCHS, "9x11 to 4x3": (90,), "3x5 to 24x40 corners": (80,),
+        "2x2 to 35x70": (70,), "5x5 to 8x8 scale": (80,), "7x9 to 7x9": (90,), "1x1 to 9x11": (90,),
+    }  # fmt: skip
+    large: list[tuple[tuple[int, int, int, int], Geometry]] = [
+        ((3, 3, 96, 96), PLAIN),
+        ((24, 24, 12, 12), PLAIN),
+    ]
+    for sizes, geometry in [*GEOMETRIES, *large]:
+        name = geometry_name(sizes, geometry)
+        archs = quick.get(name, ())
+        x, y = make(1, 3, *sizes)
+        yield Case(f"loss {name}", loss_case(x, y, geometry=geometry), archs)
+        run = loss_case(x, y, Loss(reduction="none"), geometry=geometry)
+        yield Case(f"loss {name} none", run, (70,) if name == "3x4 to 25x31" else ())
+        yield Case(f"argmax {name}", argmax_case(x, sizes[2:], geometry), archs[:1])
+        archs = (90,) if name == "3x4 to 25x31" else ()
+        yield Case(f"confusion matrix {name}", confusion_case(x, y, geometry), archs)
+    # With one multiprocessor a program walks down several cell rows, as it does in a large batch.
+    x, y = make(2, 19, 9, 33, 72, 264)
+    yield Case("loss bands", loss_case(x, y, multiprocessors=1), ARCHS)
+    run = loss_case(x, y, Loss(reduction="none"), multiprocessors=1)
+    yield Case("loss bands none", run, (80,))
+    run = confusion_case(x, y, multiprocessors=1)
+    yield Case("confusion matrix several tiles a program", run, ARCHS)
+    x = x.to(F16, memory_format=torch.channels_last)
+    yield Case("loss bands channels_last", loss_case(x, y, multiprocessors=1), (90,))
+    for layout, archs in zip(LAYOUTS, (ARCHS, (80,), (90,), (70,)), strict=True):
+        x, y = lay_out(layout, *make(2, 19, *SHAPE, F16))
+        yield Case(f"loss {layout}", loss_case(x, y), archs)
+        yield Case(f"loss {layout} none", loss_case(x, y, Loss(reduction="none")))
+        yield Case(f"argmax {layout}", argmax_case(x, SHAPE[2:]), archs[-1:])
+        yield Case(f"confusion matrix {layout}", confusion_case(x, y))
+
+
+def label_cases() -> Iterator[Case]:
+    """Labels and confusion matrices."""
+    for C, dtype, labels, archs in (
+        (19, F16, I64, ARCHS), (1, F32, I64, ()), (2, F32, I64, ()), (19, F16, U8, (80,)),
+        (21, BF16, I32, (90,)), (150, F16, I64, ()), (300, F32, I64, (70,)),
+    ):  # fmt: skip
+        x, _ = make(2, C, *SHAPE, dtype)
+        name = f"argmax {C} classes {SHORT[dtype]} {SHORT[labels]}"
+        yield Case(name, argmax_case(x, SHAPE[2:], dtype=labels), archs)
+    for value in (math.nan, math.inf, -math.inf):
+        x, y = spoiled(put_logit(1, 1, 1, value), *make(2, 19, *SHAPE, F16))
+        yield Case(f"argmax logit {value}", argmax_case(x, SHAPE[2:]), ARCHS)
+        yield Case(f"confusion matrix logit {value}", confusion_case(x, y))
+    x = make(2, 19, *SHAPE, F16)[0].round()
+    yield Case("argmax ties", argmax_case(x, SHAPE[2:]), ARCHS)
+    for C in (19, 2, 31, 40, 150):
+        on = ARCHS if C == 19 else (70, 90) if C == 150 else ()
+        x, y = make(2, C, *SHAPE, F16)
+        yield Case(f"confusion matrix {C} classes", confusion_case(x, y), on)
+        x, y = spoiled(put_label((1, 3, 4), 2**32 + 1), x, y.clone())
+        yield Case(f"confusion matrix {C} classes bad label", confusion_case(x, y, bad=1), on)
+        run = confusion_case(x, y, counted=True, bad=1)
+        yield Case(f"confusion matrix {C} classes counted", run, (90,) if C == 19 else ())
+    x, y = make(2, 19, *SHAPE, BF16, U8)
+    yield Case("confusion matrix bf16 u8", confusion_case(x, y), (80,))
 
 
 def cases() -> Iterator[Case]:
     yield from option_cases()
-    x, _ = make(2, 19, 3, 4, 24, 32, F16)
-    yield Case("argmax 19 classes fp16", argmax_case(x, (24, 32)), ARCHS)
-    x, y = make(2, 19, 3, 5, 24, 40, F16)
-    yield Case("confusion matrix 19 classes", confusion_case(x, y), ARCHS)
+    yield from value_cases()
+    yield from geometry_cases()
+    yield from label_cases()

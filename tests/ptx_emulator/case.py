@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tests.ptx_emulator.check import Check
-from tests.ptx_emulator.launchers import launches_on
 from tests.ptx_emulator.triton_bridge import Session
 
 ARCHS = (70, 80, 90)
@@ -27,6 +26,3 @@ class Case:
         self.run(check)
         check.wrong += [str(fault) for fault in session.report.faults()]
         return check
-
-
-__all__ = ["ARCHS", "Case", "Check", "launches_on"]

@@ -23,14 +23,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from fcnseg.kernels import common
 from tests.compile_kernels import resources
 from tests.ptx_emulator import launchers
 from tests.ptx_emulator.bilinear_cases import make
@@ -158,10 +156,7 @@ def rows(arch: int, classes: int, only: str) -> Iterator[Row]:
             continue
         launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
         session = Session(arch, races=False, on_launch=lambda *launched: launches.append(launched))
-        with (
-            mock.patch.object(common, "multiprocessors", lambda device: 1),
-            launches_on(session),
-        ):
+        with launches_on(session, multiprocessors=1):
             launch()
         used = machine_code(arch, launches)
         for kernel, counts in session.report.statistics.items():

@@ -7,7 +7,6 @@ followed here and nowhere else.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -67,25 +66,19 @@ class Loss:
         return self.reduction == "none"
 
 
-def _forget_plans() -> None:
-    """What launchers remember may hold for another architecture than the next one's."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fcnseg.kernels."):
-            for value in list(vars(module).values()):
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
-
-
 @contextlib.contextmanager
-def launches_on(session: Session) -> Iterator[Session]:
-    """Inside, launchers see the architecture of the session, and kernels run in the emulator."""
-    _forget_plans()
+def launches_on(session: Session, multiprocessors: int = 132) -> Iterator[Session]:
+    """Inside, launchers see the architecture of the session, and kernels run in the emulator.
+
+    ``multiprocessors``: how many the device is said to have; with few, a small problem fills it as
+    a large one fills a real device.
+    """
     with (
         mock.patch.object(common, "capability", lambda device: session.arch),
+        mock.patch.object(common, "multiprocessors", lambda device: multiprocessors),
         emulate(session.arch, session),
     ):
         yield session
-    _forget_plans()
 
 
 def bilinear_loss(
@@ -96,22 +89,26 @@ def bilinear_loss(
     geometry: Geometry,
     upstream: Tensor,
     record: Tensor,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and the gradient for ``upstream``: a scalar, or [N, H, W] without reduction."""
+    """The loss, and the gradient for ``upstream``: a scalar, or [N, H, W] without reduction.
+
+    ``in_place``: the gradient of a scalar loss is written over its workspace, as float32.
+    """
     value, sums, edges = upsample_cross_entropy_forward(
         logits, target, weight, loss.ignore_index, loss.reduction, loss.smoothing, *geometry,
         True, record,
     )  # fmt: skip
     if loss.per_pixel:
-        return value, upsample_cross_entropy_backward(
+        gradient = upsample_cross_entropy_backward(
             upstream, logits, target, weight, loss.ignore_index, loss.smoothing, *geometry, record
         )
-    # float32 gradients take the place of the sums, as autograd lets them
-    gradient = sums if logits.dtype == torch.float32 else torch.empty_like(logits)
-    upsample_cross_entropy_gradient(
-        upstream, sums, edges, gradient, target.shape[1:], weight is not None, loss.smoothing,
-        *geometry,
-    )  # fmt: skip
+    else:
+        gradient = sums if in_place else torch.empty_like(logits)
+        upsample_cross_entropy_gradient(
+            upstream, sums, edges, gradient, tuple(target.shape[1:]), weight is not None,
+            loss.smoothing, *geometry,
+        )  # fmt: skip
     return value, gradient
 
 
@@ -124,7 +121,7 @@ def bilinear_loss_alone(
     record: Tensor,
 ) -> Tensor:
     """The loss where no gradient is wanted, which another variant of the kernel computes."""
-    value, _, _ = upsample_cross_entropy_forward(
+    value, *_ = upsample_cross_entropy_forward(
         logits, target, weight, loss.ignore_index, loss.reduction, loss.smoothing, *geometry,
         False, record,
     )  # fmt: skip
@@ -143,13 +140,13 @@ def bilinear_loss_reference(
     value, gradient = reference.upsample_cross_entropy(
         logits, target, weight, loss.ignore_index, loss.reduction, loss.smoothing, *geometry, True
     )
+    upstream = upstream.to(logits.dtype)
     if loss.per_pixel:
         gradient = reference.upsample_cross_entropy_backward(
-            upstream.to(logits.dtype), logits, target, weight, loss.ignore_index, loss.smoothing,
-            *geometry,
-        )  # fmt: skip
+            upstream, logits, target, weight, loss.ignore_index, loss.smoothing, *geometry
+        )
         return value, gradient
-    return value, gradient * upstream.to(gradient.dtype)
+    return value, gradient * upstream
 
 
 def conv_transpose_loss(
