@@ -36,6 +36,10 @@ $(VENV)/test.stamp: requirements/test.txt requirements/oracles.txt $(VENV)/train
 	$(PIP) install --no-deps -r requirements/oracles.txt
 	@touch $@
 
+$(VENV)/triton-3.6.stamp: requirements/triton-3.6.txt $(VENV)/build.stamp
+	$(PIP) install --no-deps --upgrade --target $(VENV)/triton-3.6 -r requirements/triton-3.6.txt
+	@touch $@
+
 $(VENV)/install.stamp: $(SOURCES) $(VENV)/build.stamp
 	$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
@@ -50,7 +54,7 @@ demo: $(VENV)/install.stamp $(VENV)/train.stamp
 test: $(VENV)/install.stamp $(VENV)/test.stamp
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
 
-test-full: $(VENV)/install.stamp $(VENV)/test.stamp
+test-full: $(VENV)/install.stamp $(VENV)/test.stamp $(VENV)/triton-3.6.stamp
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/install.stamp $(VENV)/test.stamp

@@ -50,19 +50,25 @@ class Check:
         if differ:
             self.wrong.append(f"{name} differs at {differ} of {ours.numel()}")
 
-    def largest(self, name: str, label: Tensor, logits: Tensor) -> None:
-        """Every label names a class [N, C, H, W] that is the largest, or nearly so."""
+    def largest(self, name: str, label: Tensor, logits: Tensor, ties: bool = False) -> None:
+        """Every label names a class [N, C, H, W] that is the largest, or nearly so; NaN counts as
+        the largest, as in torch.argmax. ``ties``: the lowest class of equal logits, exactly."""
         self.written(name, label)
         index = label.long()
         outside = int(((index < 0) | (index >= logits.shape[1])).sum())
         if outside:
             self.wrong.append(f"{outside} of {name} name no class")
             return
-        picked = logits.gather(1, index[:, None])[:, 0]
-        gap = (logits.amax(1) - picked).nan_to_num(0).max().item()
-        self.notes.append(f"{name} gap {gap:.1e}")
-        if gap > 1e-5 * logits.nan_to_num(0, 0, 0).abs().max().item():
-            self.wrong.append(f"{name} {gap:.1e} below the largest")
+        expected = logits.argmax(1)
+        firm = logits.isnan().any(1) | logits.isinf().any(1) | ties
+        differ = int(((index != expected) & firm).sum())
+        if differ:
+            self.wrong.append(f"{name} differs from argmax at {differ} of {int(firm.sum())}")
+        gap = logits.gather(1, expected[:, None]) - logits.gather(1, index[:, None])
+        finite = gap.masked_fill(firm[:, None], 0)
+        self.notes.append(f"{name} gap {finite.max().item():.1e}")
+        if finite.max() > 1e-5 * logits.nan_to_num(0, 0, 0).abs().max():
+            self.wrong.append(f"{name} {finite.max().item():.1e} below the largest")
 
     def written(self, name: str, tensor: Tensor) -> None:
         """Every element of a result has been written by somebody."""
