@@ -164,8 +164,9 @@ def store_pixels(ptr, offs, value, mask):
 
 
 @triton.jit
-def load_labels(target_ptr, offs, mask, C, ignore_index):
-    """Class, -1 where ignored, bad or outside ``mask``; and the mask of bad labels (eq. 5)."""
+def read_labels(target_ptr, offs, mask, C, ignore_index):
+    """Labels as int32, and the masks of valid and of bad ones (eq. 5); others are ignored or
+    outside ``mask``."""
     label = load_pixels(target_ptr, offs, mask, 0)
     if target_ptr.dtype.element_ty == tl.int64:
         good = label.to(tl.uint64, bitcast=True) < tl.cast(C, tl.uint64)
@@ -173,7 +174,14 @@ def load_labels(target_ptr, offs, mask, C, ignore_index):
         label = label.to(tl.int32)
         good = label.to(tl.uint32, bitcast=True) < tl.cast(C, tl.uint32)
     kept = mask & (label != ignore_index)
-    return tl.where(kept & good, label, -1).to(tl.int32), kept & (good == 0)
+    return label.to(tl.int32), kept & good, kept & (good == 0)
+
+
+@triton.jit
+def load_labels(target_ptr, offs, mask, C, ignore_index):
+    """Class, -1 where ignored, bad or outside ``mask``; and the mask of bad labels (eq. 5)."""
+    label, valid, bad = read_labels(target_ptr, offs, mask, C, ignore_index)
+    return tl.where(valid, label, -1), bad
 
 
 @triton.jit

@@ -24,7 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from fcnseg import reference
-from fcnseg.kernels import common, upsample_confusion_matrix, upsample_cross_entropy
+from fcnseg.kernels import (
+    common,
+    upsample_confusion_matrix,
+    upsample_cross_entropy,
+)
 from fcnseg.kernels.bad_labels import record_bad_labels
 from fcnseg.kernels.upsample_argmax import upsample_argmax_forward
 from fcnseg.kernels.upsample_confusion_matrix import upsample_confusion_matrix_forward_
@@ -470,10 +474,18 @@ def test_labels_of_logits_that_overflow(values: dict[tuple[int, ...], float]) ->
     assert torch.equal(matrix, counted)
 
 
-@pytest.mark.parametrize("num_classes", [5, 40])  # a histogram; copies of the matrix
+@pytest.mark.parametrize("num_classes", [5, 40])
 @pytest.mark.parametrize("counted", [False, True])
-def test_confusion_matrix(num_classes: int, counted: bool) -> None:
+@pytest.mark.parametrize("programs", [1, 3, 1584])
+def test_confusion_matrix(
+    num_classes: int, counted: bool, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few programs: runs of equal pairs go on from tile to tile."""
+    monkeypatch.setattr(upsample_confusion_matrix, "residency", lambda _: (168, programs))
+    monkeypatch.setattr(common, "multiprocessors", lambda device: 1)
     logits, target = make_case(2, num_classes, 3, 3, 12, 15)
+    logits[0, 2] += 50.0
+    target[0, :9] = 2
     target[1, 3, 4] = num_classes
     matrix = torch.ones(num_classes, num_classes, dtype=torch.int64).t()
     expected = matrix.clone()
@@ -484,6 +496,17 @@ def test_confusion_matrix(num_classes: int, counted: bool) -> None:
     assert torch.equal(matrix, expected)
     assert record.tolist() == ([0] * 5 if counted else [1, num_classes, 1, 3, 4])
     assert invalid is None or invalid.item() == 2
+
+
+def test_confusion_matrix_of_bad_labels() -> None:
+    logits, target = make_case(2, 5, 3, 3, 24, 24)
+    bad = torch.rand(target.shape) < 0.3
+    target[bad] = 77
+    record = make_record()
+    matrix = torch.zeros(5, 5, dtype=torch.int64)
+    upsample_confusion_matrix_forward_(matrix, logits, target, 255, *PLAIN, record, None)
+    assert matrix.sum() == ((target != 77) & (target != 255)).sum()
+    assert record.tolist() == [bad.sum().item(), 77, *bad.nonzero()[0].tolist()]
 
 
 def test_largest_cell_is_exact() -> None:
