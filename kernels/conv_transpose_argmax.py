@@ -37,6 +37,7 @@ from fcnseg.kernels.conv_transpose_cross_entropy import (
     tuned_blocks,
     walked_logits,
 )
+from fcnseg.kernels.launch import launch, on_device
 
 
 @triton.jit
@@ -131,11 +132,15 @@ def conv_transpose_argmax_forward(
     positions = walk.args(input.shape[0])[0]
     taps = walk.taps if blocks.HELD else (1, 1)
     constexprs = {name: value for name, value in vars(blocks).items() if name != "BLOCK_I"}
-    with common.device_of(input):
-        _conv_transpose_argmax_kernel[(triton.cdiv(positions, blocks.BLOCK),)](
-            input, weight, input if bias is None else bias.contiguous(), labels,
-            *walk.args(input.shape[0]), *problem.sizes,
-            *problem.y.args, *problem.x.args, *input.stride(), HAS_BIAS=bias is not None,
+    with on_device(input):
+        launch(
+            _conv_transpose_argmax_kernel, (triton.cdiv(positions, blocks.BLOCK),),
+            (input, weight, input if bias is None else bias.contiguous(), labels),
+            (
+                *walk.args(input.shape[0]), *problem.sizes, *problem.y.args, *problem.x.args,
+                *input.stride(),
+            ),
+            HAS_BIAS=bias is not None,
             ONE_BLOCK=problem.classes <= blocks.BLOCK_C,
             WIDE=positions + blocks.BLOCK >= 2**31, TAPS_Y=taps[0], TAPS_X=taps[1],
             **constexprs,

@@ -48,6 +48,7 @@ torch.nn.functional.conv_transpose2d and cross_entropy for the expression.
 # ruff: noqa: RUF005  (Triton has no (*a, b))
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -59,6 +60,7 @@ from torch import Tensor
 
 from fcnseg.kernels import common
 from fcnseg.kernels.common import add_to_record, load_labels, split_cells
+from fcnseg.kernels.launch import launch, on_device
 from fcnseg.kernels.reduction import counted_weight, reduction_scale
 from fcnseg.kernels.upsample_cross_entropy_cells import LN2, LOG2E
 
@@ -791,8 +793,8 @@ def _weight_gradient_kernel(
 
 @common.kernel
 def _reduce_kernel(
-    loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, partials, target_ptr, record_ptr,
-    out_ptr, scale_ptr, H, W, stride_n, stride_h, stride_w,
+    loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, target_ptr, record_ptr, out_ptr,
+    scale_ptr, partials, H, W, stride_n, stride_h, stride_w,
     SCALAR: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The programs' bad labels into the record; the scalar loss and the gradients' factor."""
@@ -901,7 +903,7 @@ class Axis:
     samples: int
     pixels: int
 
-    @property
+    @functools.cached_property
     def args(self) -> tuple[int, ...]:
         """stride, kernel, step and hop of the taps of a phase, gcd, inverse, dilation, shift."""
         gcd = math.gcd(self.stride, self.dilation)
@@ -909,15 +911,15 @@ class Axis:
         inverse = pow(hop, -1, step) if step > 1 else 0
         return self.stride, self.kernel, step, hop, gcd, inverse, self.dilation, self.shift
 
-    @property
+    @functools.cached_property
     def first_cell(self) -> int:
         return self.shift // self.stride
 
-    @property
+    @functools.cached_property
     def cells(self) -> int:
         return (self.shift + self.pixels - 1) // self.stride - self.first_cell + 1
 
-    @property
+    @functools.cached_property
     def taps(self) -> int:
         """Taps of every phase where these are r + t s, t < 1 or 2; else 0."""
         plain = self.dilation == 1 and self.kernel in (self.stride, 2 * self.stride)
@@ -952,22 +954,22 @@ class Problem:
     y: Axis
     x: Axis
 
-    @property
+    @functools.cached_property
     def channels_per_group(self) -> int:
         return self.channels // self.groups
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """C, K, classes per group, C_in, h, w, H, W."""
         per_group = self.classes // self.groups
         small, large = (self.y.samples, self.x.samples), (self.y.pixels, self.x.pixels)
         return self.classes, self.channels_per_group, per_group, self.channels, *small, *large
 
-    @property
+    @functools.cached_property
     def fast(self) -> bool:
         return self.y.taps > 0 and self.x.taps > 0
 
-    @property
+    @functools.cached_property
     def phases(self) -> Walk:
         """Cells and, as items, phases."""
         return Walk(
@@ -975,7 +977,7 @@ class Problem:
             (self.y.stride, self.x.stride), False, (self.y.taps, self.x.taps),
         )  # fmt: skip
 
-    @property
+    @functools.cached_property
     def gradient_walk(self) -> Walk:
         """Phases too, where few taps allow that, and also the cells that the target does not cover:
         eager multiplies their values by 0, which shows what is not finite. Else samples and, as
@@ -994,12 +996,22 @@ def make_problem(
     input: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int],
     padding: Sequence[int], groups: int, dilation: Sequence[int], crop: Sequence[int],
 ) -> Problem:  # fmt: skip
+    return _make_problem(
+        input.shape, weight.shape, *map(tuple, (size, stride, padding, dilation, crop)), groups
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _make_problem(
+    input: tuple[int, ...], weight: tuple[int, ...], size: tuple[int, ...],
+    stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
+    crop: tuple[int, ...], groups: int,
+) -> Problem:  # fmt: skip
     y, x = (
-        Axis(stride[a], weight.shape[2 + a], dilation[a], padding[a] + crop[a],
-             input.shape[2 + a], size[a])
+        Axis(stride[a], weight[2 + a], dilation[a], padding[a] + crop[a], input[2 + a], size[a])
         for a in range(2)
-    )  # fmt: skip
-    return Problem(weight.shape[1] * groups, input.shape[1], groups, y, x)
+    )
+    return Problem(weight[1] * groups, input[1], groups, y, x)
 
 
 @dataclass(frozen=True)
@@ -1026,6 +1038,7 @@ OPERANDS = {
 }
 
 
+@functools.lru_cache(maxsize=256)
 def tuned_blocks(
     problem: Problem, dtype: torch.dtype, capability: int, of_weight: bool = False
 ) -> Blocks:
@@ -1145,9 +1158,10 @@ def _launch_loss(
         channel_blocks = triton.cdiv(call.problem.channels, blocks.BLOCK_I)
     taps = walk.taps if blocks.HELD or planes is not None else (1, 1)
     # axis 1 holds 65535 blocks, that is a million channels
-    _conv_transpose_cross_entropy_kernel[(call.tiles(walk, blocks), channel_blocks)](
-        *call.tensors(), *partials, partials[0] if planes is None else planes,
-        *call.geometry(walk), call.ignore_index, call.label_smoothing,
+    launch(
+        _conv_transpose_cross_entropy_kernel, (call.tiles(walk, blocks), channel_blocks),
+        (*call.tensors(), *partials, partials[0] if planes is None else planes),
+        (*call.geometry(walk), call.ignore_index, call.label_smoothing),
         LOSS=loss, WITH_GRAD=planes is not None, TAPS_Y=taps[0], TAPS_X=taps[1],
         **call.constexprs(walk, blocks),
     )  # fmt: skip
@@ -1166,10 +1180,14 @@ def _gather_input(
 ) -> None:
     channels, h, w = gradient.shape[1:]
     total, block = gradient.numel(), 512
-    _gather_input_kernel[(triton.cdiv(total, block),)](
-        planes, planes if scale is None else scale, gradient, total,
-        walk.args(gradient.shape[0])[0], channels, h, w, walk.rows, walk.columns, walk.first_row,
-        walk.first_column, *gradient.stride(), HAS_SCALE=scale is not None, MODE=call.blocks.MODE,
+    launch(
+        _gather_input_kernel, (triton.cdiv(total, block),),
+        (planes, planes if scale is None else scale, gradient),
+        (
+            total, walk.args(gradient.shape[0])[0], channels, h, w, walk.rows, walk.columns,
+            walk.first_row, walk.first_column, *gradient.stride(),
+        ),
+        HAS_SCALE=scale is not None, MODE=call.blocks.MODE,
         TAPS_Y=walk.taps[0], TAPS_X=walk.taps[1], WIDE=total + block >= 2**31, BLOCK=block,
     )  # fmt: skip
 
@@ -1194,10 +1212,17 @@ def _sum_weight(
     bias = torch.empty((items * splits, problem.classes), **float32) if with_bias else None
     taps = walk.taps if blocks.HELD or with_weight else (1, 1)
     unused = call.input
-    _weight_gradient_kernel[(items * splits * class_blocks * channel_blocks,)](
-        *call.tensors(), unused if weight is None else weight, unused if bias is None else bias,
-        tiles, splits, per_split, class_blocks, *call.geometry(walk), call.ignore_index,
-        call.label_smoothing, WITH_GRAD=with_weight, WITH_BIAS=with_bias, TAPS_Y=taps[0],
+    launch(
+        _weight_gradient_kernel, (items * splits * class_blocks * channel_blocks,),
+        (
+            *call.tensors(), unused if weight is None else weight,
+            unused if bias is None else bias,
+        ),
+        (
+            tiles, splits, per_split, class_blocks, *call.geometry(walk), call.ignore_index,
+            call.label_smoothing,
+        ),
+        WITH_GRAD=with_weight, WITH_BIAS=with_bias, TAPS_Y=taps[0],
         TAPS_X=taps[1], **call.constexprs(walk, blocks),
     )  # fmt: skip
     return weight, bias
@@ -1210,9 +1235,13 @@ def _gather_weight(
     total, block = math.prod(partials.shape[1:]), 128
     is_weight = gradient.dim() == 4
     strides = gradient.stride() if is_weight else (0, gradient.stride(0), 0, 0)
-    _gather_weight_kernel[(triton.cdiv(total, block),)](
-        partials, partials if scale is None else scale, gradient, partials.shape[0], total,
-        partials.shape[-1], K, per_group, gradient.shape[3] if is_weight else 1, *strides,
+    launch(
+        _gather_weight_kernel, (triton.cdiv(total, block),),
+        (partials, partials if scale is None else scale, gradient),
+        (
+            partials.shape[0], total, partials.shape[-1], K, per_group,
+            gradient.shape[3] if is_weight else 1, *strides,
+        ),
         HAS_SCALE=scale is not None, PARTS=16, BLOCK=block,
     )  # fmt: skip
 
@@ -1302,17 +1331,18 @@ def conv_transpose_cross_entropy_forward(
     bad_count = torch.empty(tiles, dtype=torch.int32, device=input.device)
     bad_index = torch.empty(tiles, dtype=torch.int64, device=input.device)
     pixel_loss = torch.empty(target.shape, **float32) if none else loss
-    with common.device_of(input):
+    with on_device(input):
         planes = _make_planes(call, walk) if with_planes else None
         _launch_loss(
             call, walk, "pixel" if none else "sum",
             (pixel_loss, loss, denominator, bad_count, bad_index), planes,
         )  # fmt: skip
         value, scale = torch.empty((), **float32), torch.empty((), **float32)
-        _reduce_kernel[(1,)](
-            loss, denominator, bad_count, bad_index, tiles, target, record, value, scale,
-            *target.shape[1:], *target.stride(), SCALAR=not none, MEAN=reduction == "mean",
-            BLOCK=1024,
+        launch(
+            _reduce_kernel, (1,),
+            (loss, denominator, bad_count, bad_index, target, record, value, scale),
+            (tiles, *target.shape[1:], *target.stride()),
+            SCALAR=not none, MEAN=reduction == "mean", BLOCK=1024,
         )  # fmt: skip
         if none:
             return pixel_loss, *filled
@@ -1345,6 +1375,6 @@ def conv_transpose_cross_entropy_backward(
         input, weight, target, bias, class_weight, grad_output, stride, padding, groups, dilation,
         crop, ignore_index, label_smoothing,
     )  # fmt: skip
-    with common.device_of(input):
+    with on_device(input):
         _gradients(call, None, None, gradients)
     return to_input, to_weight, to_bias

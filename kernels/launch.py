@@ -2,9 +2,10 @@
 
 Triton's own ``kernel[grid](...)`` binds and inspects every argument at every call, 60 microseconds
 and more for a kernel with fifty of them, twice for a loss: as long as the kernels themselves take.
-Here all that depends on shapes, strides, dtypes and options alone is worked out once, in a *plan*:
-a function decorated with ``cached_plan`` returns it, and its ``Launch`` objects keep the grid, the
-scalars and, after the first call, the compiled kernel. A later call passes the tensors.
+Here a ``Launch`` keeps the grid, the scalars and, after the first call, the compiled kernel; a
+later call passes the tensors. ``launch`` finds the one that fits its arguments. Where even the
+arguments take long to work out, a function decorated with ``cached_plan`` does so once for the
+shapes, strides, dtypes and options that they depend on.
 
 On tensors that are not on a CUDA device (Triton's interpreter, an emulator, compiling without a
 GPU) nothing is kept, and every launch goes through ``kernel[grid](...)``.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 _Plan = TypeVar("_Plan")
+_caches: list[Any] = []
 
 
 def keeps_plans(device: torch.device) -> bool:
@@ -35,12 +37,19 @@ def cached_plan(make: Callable[..., _Plan]) -> Callable[..., _Plan]:
     never repeat works out its plans anew, but compiles nothing for that.
     """
     kept = functools.lru_cache(maxsize=512)(make)
+    _caches.append(kept)
 
     @functools.wraps(make)
     def plan(device: torch.device, *key: Any) -> _Plan:
         return (kept if keeps_plans(device) else make)(device, *key)
 
     return plan
+
+
+def forget() -> None:
+    """Drop all plans and launches that are kept (compiled kernels stay in Triton's own cache)."""
+    for cache in _caches:
+        cache.cache_clear()
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -76,7 +85,7 @@ class Launch:
             self._compiled(*tensors, *self._rest)
             return
         compiled = self.kernel[self.grid](*tensors, *self.scalars, **self.constexprs)
-        if keeps_plans(tensors[0].device):
+        if compiled is not None and keeps_plans(tensors[0].device):
             self._keep(compiled)
 
     def _keep(self, compiled: Any) -> None:
@@ -91,3 +100,32 @@ class Launch:
         names = [each.name for each in parameters if each.is_constexpr]
         self._rest = (*self.scalars, *(self.constexprs[name] for name in names))
         self._compiled = compiled[self.grid]
+
+
+@functools.lru_cache(maxsize=2048)
+def _kept_launch(
+    kernel: Any,
+    device: torch.device,
+    grid: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    scalars: tuple[Any, ...],
+    constexprs: tuple[tuple[str, Any], ...],
+) -> Launch:
+    return Launch(kernel, grid, scalars, **dict(constexprs))
+
+
+_caches.append(_kept_launch)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], tensors: Sequence[Tensor], scalars: tuple[Any, ...],
+    **constexprs: Any,
+) -> None:  # fmt: skip
+    """``kernel[grid](*tensors, *scalars, **constexprs)``; the ``Launch`` is kept on CUDA."""
+    device = tensors[0].device
+    if keeps_plans(device):
+        dtypes = tuple([tensor.dtype for tensor in tensors])
+        prepared = _kept_launch(kernel, device, grid, dtypes, scalars, tuple(constexprs.items()))
+    else:
+        prepared = Launch(kernel, grid, scalars, **constexprs)
+    prepared(*tensors)

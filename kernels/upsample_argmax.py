@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fcnseg.kernels import common
 from fcnseg.kernels.common import cell_axis, corner_offsets, load_corners, source, split_cells
+from fcnseg.kernels.launch import launch, on_device
 
 REGISTERS = 168  # of a lane: 12 warps on a multiprocessor, not 8
 
@@ -147,9 +148,10 @@ def upsample_argmax_forward(
     geo = common.geometry(h, w, H, W, align_corners, scale_h, scale_w)
     lanes = tuned_lanes(geo)
     cells = N * (h + 1) * (w + 1)
-    with common.device_of(logits):
-        _upsample_argmax_kernel[(triton.cdiv(cells, lanes.cells),)](
-            logits, labels, cells, C, h, w, H, W, *geo.axes, *logits.stride(),
+    with on_device(logits):
+        launch(
+            _upsample_argmax_kernel, (triton.cdiv(cells, lanes.cells),), (logits, labels),
+            (cells, C, h, w, H, W, *geo.axes, *logits.stride()),
             WIDE=cells + lanes.cells >= 2**31, maxnreg=REGISTERS, **lanes.constexprs(),
         )  # fmt: skip
     return labels
