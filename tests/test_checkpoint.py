@@ -173,7 +173,7 @@ def records(output: Path) -> list[dict]:
 
 
 def without_timing(record: dict) -> dict:
-    timing = ("images_per_second", "peak_memory_mb")
+    timing = ("images_per_second", "peak_memory_mb", "waited_for_data")
     return {name: value for name, value in record.items() if name not in timing}
 
 

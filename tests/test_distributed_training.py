@@ -187,7 +187,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def records(output: Path) -> list[dict[str, Any]]:
     lines = (output / "metrics.jsonl").read_text().splitlines()
-    timing = ("images_per_second", "peak_memory_mb")
+    timing = ("images_per_second", "peak_memory_mb", "waited_for_data")
     return [{k: v for k, v in json.loads(x).items() if k not in timing} for x in lines]
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,7 @@ def test_a_run_learns_and_leaves_its_files(unbroken: Path) -> None:
         in_epoch = [r["loss"] for r in records(unbroken, "step") if r["epoch"] == record["epoch"]]
         assert record["loss"] == pytest.approx(sum(in_epoch) / 4)
         assert record["images_per_second"] > 0 and record["peak_memory_mb"] > 1
+        assert 0 < record["waited_for_data"] < 1
     best = checkpoint.load(unbroken / "best.pt")
     assert best["scores"]["mean_iou"] == max(r["miou"] for r in epochs)
     assert best["classes"] == list(CLASSES)
@@ -762,6 +764,22 @@ def test_tf32_is_set_for_the_run_and_as_it_was_afterwards(
         backends.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
         backends.cudnn.allow_tf32 = True
+
+
+def test_an_epoch_that_waits_for_its_data_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Slow(Pictures):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            time.sleep(0.1)
+            return super().__getitem__(index)
+
+    made = trainer(settings(tmp_path, epochs=1, max_steps=2), Slow(18))
+    made.run()
+    (record,) = records(tmp_path, "epoch")
+    assert record["waited_for_data"] > 0.5
+    share = f"  {record['waited_for_data']:.0%} of the time waiting for data"
+    assert share in capsys.readouterr().out
 
 
 def test_cudnn_searches_only_for_shapes_that_repeat(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,11 +39,12 @@ from fcnseg.training import checkpoint, distributed, optimizer, reporting
 from fcnseg.training.config import ConfigError, TrainConfig
 from fcnseg.training.criterion import Criterion, Objective, make_criterion
 from fcnseg.training.distributed import World
-from fcnseg.training.numerics import numerics, search_where_shapes_repeat
+from fcnseg.training.numerics import Batch, numerics, search_where_shapes_repeat
 from fcnseg.training.schedule import lr_factor
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _GRACE = 30  # seconds that a data worker outlives a SIGTERM, as torchrun and Slurm wait
+_STARVED = 0.1  # share of an epoch's time spent waiting for data that its line tells
 _SAMPLES = 4  # rows of the picture of predictions
 
 
@@ -245,6 +246,7 @@ class Trainer:
         self.batches = EpochBatches(len(self.train_set), config.batch_size, config.seed, world)
         self.pending: list[tuple[int, float]] = []  # step, lr; the losses are on the device
         self.interrupt = _Interrupt()
+        self.waited = 0.0  # for data in this epoch: seconds, at its end the share of its time
         self.stopping = False  # an interrupt that all processes know of
         self.metrics: MetricsFile | None = None  # of the first process, while it runs
         self.board: Any = None
@@ -358,9 +360,7 @@ class Trainer:
             **batching,
         )
 
-    def _batches(
-        self, dataset: SegmentationDataset, **batching: Any
-    ) -> Iterator[tuple[Sequence[Tensor], tuple[Tensor, ...]]]:
+    def _batches(self, dataset: SegmentationDataset, **batching: Any) -> Iterator[Batch]:
         """What a :class:`Prefetcher` gives of a data set."""
         try:
             yield from Prefetcher(self._loader(dataset, **batching), self.device)
@@ -572,7 +572,7 @@ class Trainer:
         optimizer.train_mode(self.model, freeze_bn=config.freeze_bn)
         self.train_set.set_epoch(progress.epoch)
         self.batches.epoch, self.batches.start = progress.epoch, progress.batch
-        started, first = time.perf_counter(), progress.batch
+        started, first, self.waited = time.perf_counter(), progress.batch, 0.0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         bar = tqdm(
@@ -586,7 +586,9 @@ class Trainer:
         with bar:
             if not self._out_of_steps():
                 # Named by nothing, so that its workers end with the loop.
-                for (_, target), batch in self._batches(self.train_set, batch_sampler=self.batches):
+                for (_, target), batch in self._waiting(
+                    self._batches(self.train_set, batch_sampler=self.batches)
+                ):
                     valid = bool((target != self.train_set.ignore_index).any())
                     valid, self.stopping = self.world.any(valid, self.interrupt.set)
                     if self.stopping:
@@ -607,7 +609,18 @@ class Trainer:
         seconds = time.perf_counter() - started
         if not self.stopping:
             images_per_second = (progress.batch - first) * config.batch_size / seconds
+            self.waited /= seconds
             self._end_epoch(images_per_second)
+
+    def _waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; adds the seconds in which the next one was not there to ``waited``."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
 
     def _train_step(self, images: Tensor, target: Tensor, *, valid: bool) -> None:
         """A step on a batch of the device, or none where no process has a valid pixel in it."""
@@ -713,6 +726,7 @@ class Trainer:
             "skipped": progress.skipped_in_epoch,
             "images_per_second": images_per_second,
             "peak_memory_mb": self._peak_memory(),
+            "waited_for_data": self.waited,
         }
         line = f"epoch {progress.epoch + 1:3d}/{config.epochs}  loss {loss:.4f}"
         if self.scaler.is_enabled():
@@ -737,6 +751,8 @@ class Trainer:
                 self.board.add_scalar("val/miou", result.mean_iou, progress.step)
             line += f"  mIoU {result.mean_iou:.4f}{'*' if better else ' '}"
         line += f"  {images_per_second:.1f} images/s  peak {record['peak_memory_mb']:.0f} MB"
+        if self.waited > _STARVED:
+            line += f"  {self.waited:.0%} of the time waiting for data"
         if progress.skipped_in_epoch:
             line += f"  {progress.skipped_in_epoch} batches without a valid pixel skipped"
         if self.metrics is not None:
