@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fcnseg.kernels import common
 from fcnseg.kernels.common import add_to_record
+from fcnseg.kernels.launch import launch, on_device
 
 
 @common.kernel
@@ -34,7 +35,8 @@ def record_bad_labels(record: Tensor, labels: Tensor, count: Tensor, index: Tens
         count: int64 scalar on the device, how many of ``labels`` are bad.
         index: int64 scalar on the device, the flat index of the first of them.
     """
-    with common.device_of(record):
-        _record_kernel[(1,)](
-            count, index, labels, record, *labels.shape[1:], *labels.stride(), BLOCK=32, num_warps=1
-        )
+    with on_device(record):
+        launch(
+            _record_kernel, (1,), (count, index, labels, record),
+            (*labels.shape[1:], *labels.stride()), BLOCK=32, num_warps=1,
+        )  # fmt: skip

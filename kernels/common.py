@@ -35,7 +35,6 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 NO_INDEX = tl.constexpr(2**63 - 1)
 
@@ -328,8 +327,3 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def device_of(tensor: Tensor) -> torch.cuda.device:
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

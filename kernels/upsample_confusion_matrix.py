@@ -35,6 +35,7 @@ from fcnseg.kernels.common import (
     read_labels,
     split_cells,
 )
+from fcnseg.kernels.launch import launch, on_device
 from fcnseg.kernels.upsample_argmax import best_classes, pixel_weights_x
 
 COPIES = 32  # fewer where they would hold more than COPIED_BINS in all
@@ -115,8 +116,8 @@ def _upsample_confusion_matrix_kernel(
 
 @common.kernel
 def _gather_kernel(
-    copies_ptr, matrix_ptr, copies, C, stride_matrix_0, stride_matrix_1,
-    bad_count_ptr, bad_index_ptr, partials, target_ptr, record_ptr, invalid_ptr, H, W,
+    copies_ptr, matrix_ptr, bad_count_ptr, bad_index_ptr, target_ptr, record_ptr, invalid_ptr,
+    copies, C, stride_matrix_0, stride_matrix_1, partials, H, W,
     stride_target_n, stride_target_h, stride_target_w,
     HAS_INVALID: tl.constexpr, WIDE_BINS: tl.constexpr, BLOCK: tl.constexpr,
     PARTIALS: tl.constexpr,
@@ -167,16 +168,22 @@ def upsample_confusion_matrix_forward_(
     dtype = torch.int32 if target.numel() < 2**31 else torch.int64
     copies = torch.zeros((num_copies, C * C + 1), dtype=dtype, device=logits.device)
     wide_bins = C * C + 256 >= 2**31
-    with common.device_of(logits):
-        _upsample_confusion_matrix_kernel[(programs,)](
-            logits, target, copies, bad_count, bad_index, cells, tiles, per_program, C, h, w, H, W,
-            *geo.axes, *logits.stride(), *target.stride(), ignore_index, num_copies,
+    with on_device(logits):
+        launch(
+            _upsample_confusion_matrix_kernel, (programs,),
+            (logits, target, copies, bad_count, bad_index),
+            (
+                cells, tiles, per_program, C, h, w, H, W, *geo.axes, *logits.stride(),
+                *target.stride(), ignore_index, num_copies,
+            ),
             WIDE_BINS=wide_bins, WIDE=cells + lanes.cells >= 2**31, maxnreg=registers,
             **lanes.constexprs(),
         )  # fmt: skip
         kept = record if invalid is None else invalid
-        _gather_kernel[(triton.cdiv(C * C, 256),)](
-            copies, matrix, num_copies, C, *matrix.stride(), bad_count, bad_index, programs, target,
-            kept, kept, H, W, *target.stride(), HAS_INVALID=invalid is not None,
+        launch(
+            _gather_kernel, (triton.cdiv(C * C, 256),),
+            (copies, matrix, bad_count, bad_index, target, kept, kept),
+            (num_copies, C, *matrix.stride(), programs, H, W, *target.stride()),
+            HAS_INVALID=invalid is not None,
             WIDE_BINS=wide_bins, BLOCK=256, PARTIALS=1024,
         )  # fmt: skip

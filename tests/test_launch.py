@@ -21,6 +21,7 @@ from fcnseg.kernels import (
     conv_transpose_cross_entropy,
     launch,
     upsample_argmax,
+    upsample_confusion_matrix,
     upsample_cross_entropy,
 )
 from tests.compile_kernels import FakeDriver
@@ -93,6 +94,7 @@ def steps() -> dict[str, Callable[[], Any]]:
     target = torch.empty(2, 32, 48, dtype=torch.uint8)
     weight, record = torch.empty(5), torch.empty(5, dtype=torch.int64)
     upstream = torch.empty(2, 32, 48)
+    matrix = torch.empty(5, 5, dtype=torch.int64)
 
     def scalar() -> None:
         loss = (logits, target, weight, 255, "mean", 0.1, *PLAIN, True, record)
@@ -124,6 +126,9 @@ def steps() -> dict[str, Callable[[], Any]]:
         "none": none,
         "argmax": lambda: upsample_argmax.upsample_argmax_forward(
             logits, (32, 48), *PLAIN, torch.int32
+        ),
+        "matrix": lambda: upsample_confusion_matrix.upsample_confusion_matrix_forward_(
+            matrix, logits, target, 255, *PLAIN, record, None
         ),
         "full": lambda: conv_transpose(1),
         "grouped": lambda: conv_transpose(5),
