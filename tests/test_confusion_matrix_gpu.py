@@ -104,23 +104,45 @@ def test_strides() -> None:
 def test_bad_labels_are_counted_and_left_out(num_classes: int) -> None:
     p, t = (labels.clone() for labels in maps((2, 50, 100), num_classes))
     t[t == 255] = 0
-    expected_bad = [(0, 3, 7), (1, 0, 0), (1, 49, 99)]
+    expected_bad = [(0, 3, 7), (1, 0, 0), (1, 20, 1), (1, 20, 2), (1, 49, 99)]
     p[0, 3, 7], t[1, 0, 0], t[1, 49, 99] = num_classes, -1, 2**32 + 1
+    p[1, 20, 1], p[1, 20, 2] = 2**32 + 3, -1
     keep = torch.ones_like(t, dtype=torch.bool)
     for place in expected_bad:
         keep[place] = False
     expected = bincount_matrix(p[keep], t[keep], num_classes, -100)
     matrix = fcnseg.confusion_matrix(p, t, num_classes)
     assert torch.equal(matrix, expected)
-    message = rf"holds 3 values .* first is {num_classes} at position \(0, 3, 7\)"
+    message = rf"holds 5 values .* first is {num_classes} at position \(0, 3, 7\)"
     with pytest.raises(IndexError, match=message):
         fcnseg.check_labels()
     metric = ConfusionMatrix(num_classes, device="cuda")
     metric.update(p, t)
     metric.update(p, t)
     assert torch.equal(metric.matrix, 2 * expected)
-    with pytest.raises(IndexError, match=r"6 counted pixels had a prediction or target outside"):
+    with pytest.raises(IndexError, match=r"10 counted pixels had a prediction or target outside"):
         metric.compute()
+
+
+# A thread walks down a picture; rows that are no whole vectors, that are longer than all threads
+# reach, or of which there is one.
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 33, 2051), (1, 3, 300_000), (1, 1), (4_000, 17)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_widths(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    pair = maps(shape, 19, dtype, dtype)
+    expected = bincount_matrix(*pair, 19, 255)
+    assert torch.equal(fcnseg.confusion_matrix(*pair, 19, ignore_index=255), expected)
+
+
+@pytest.mark.parametrize("num_classes", [19, 150, 300])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_ignored_labels_that_no_byte_holds(num_classes: int, dtype: torch.dtype) -> None:
+    p, t = maps((2, 301, 299), num_classes, dtype, dtype)
+    t[t == 255] = -100
+    t[1, 50:90] = -100
+    matrix = fcnseg.confusion_matrix(p, t, num_classes)
+    assert torch.equal(matrix, bincount_matrix(p, t, num_classes, -100))
+    fcnseg.check_labels()
 
 
 @pytest.mark.usefixtures("no_synchronisation")
