@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import struct
 from pathlib import Path
 
@@ -27,8 +28,10 @@ SAME = tuple((name, name) for name in TYPES)
 #: Threads of a block, and tables in its shared memory.
 STRATEGIES = {"count_replicated": (256, 8), "count_single": (1024, 1), "count_global": (256, 0)}
 IGNORED = 255
-#: Classes, pixels, pixels that the labels start past an aligned address, blocks.
-SHAPES = [(19, 3001, 0, 2), (2, 700, 1, 1), (19, 5, 3, 1)]
+EXTRA_BINS = 2  # of a table: ignored and invalid pixels
+#: Classes, pixels, pixels that the labels start past an aligned address, blocks, and how many
+#: vectors lie between a thread's steps (0: as many as threads).
+SHAPES = [(19, 3001, 0, 2, 9), (2, 700, 1, 1, 0), (19, 5, 3, 1, 1)]
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="needs nvidia-cuda-nvrtc-cu12")
 
@@ -58,6 +61,8 @@ def label_maps(classes: int, size: int, seed: int = 0) -> tuple[Array, Array]:
     prediction = np.where(right, target % classes, rng.integers(0, classes, size))
     target[rng.random(size) < 0.01] = classes + 3
     prediction[rng.random(size) < 0.01] = classes
+    for labels in (prediction, target):  # bad in their high bits alone; good as bytes
+        labels[rng.random(size) < 0.01] = 2**32 + 1
     return prediction, target
 
 
@@ -72,23 +77,29 @@ def expected(prediction: Array, target: Array, classes: int) -> tuple[Array, lis
     return matrix.reshape(classes, classes), counters
 
 
-def pixels_of(prediction: Array, target: Array, classes: int) -> bytes:
-    """The struct Pixels."""
+def pixels_of(
+    prediction: Array, target: Array, classes: int, threads: int = 1, columns: int = 0
+) -> bytes:
+    """The struct Pixels; columns and rows as launch_plan.h has them."""
     pointers = prediction.ctypes.data, target.ctypes.data
-    return struct.pack("<QQqi4xq", *pointers, target.size, classes, IGNORED)
+    narrow = min(prediction.itemsize, target.itemsize)
+    vectors = math.ceil(target.size / max(8, 16 // narrow))
+    columns = columns or threads
+    rows = math.ceil(math.ceil(vectors / columns) / (threads // columns))
+    return struct.pack("<QQqiiqq", *pointers, target.size, classes, columns, IGNORED, rows)
 
 
 def count(
     kernel: Kernel,
     pair: tuple[str, str],
     tables: int,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, int, int, int, int],
     schedule: str,
     every_counter: bool,
     report: Report,
 ) -> None:
     """Launches a kernel on labels of these types, and compares what it counts."""
-    classes, size, shift, blocks = shape
+    classes, size, shift, blocks, columns = shape
     prediction, target = (
         labels.astype(TYPES[name])[shift:]
         for labels, name in zip(label_maps(classes, size + shift), pair, strict=True)
@@ -100,8 +111,9 @@ def count(
         memory.add_array(array, name)
     at = counters.ctypes.data
     pointers = struct.pack("<QQQ", at, *((at + 8, at + 16) if every_counter else (0, 0)))
-    kernel.shared_bytes = 4 * tables * classes**2
-    arguments = [pixels_of(prediction, target, classes), matrix, pointers]
+    kernel.shared_bytes = 4 * tables * (classes**2 + EXTRA_BINS)
+    pixels = pixels_of(prediction, target, classes, kernel.threads * blocks, columns)
+    arguments = [pixels, matrix, pointers]
     kernel.launch((blocks,), arguments, memory, report, schedule=schedule)
     wanted, found = expected(prediction, target, classes)
     case = (pair, shape, schedule)
