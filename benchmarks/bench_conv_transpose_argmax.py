@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_conv_transpose_cross_entropy import STANDARD, Case
+from bench_conv_transpose_cross_entropy import STANDARD, Case, split_products
 from clocks import time_case
 from harness import PAGE_KEEPING, Mode, Work, require_compiled
 from torch import Tensor
@@ -60,7 +60,9 @@ def work(case: Case) -> Work:
     channels = 1 if case.grouped else C
     weights = C * channels * (2 * case.stride) ** 2
     read = (N * C * h * w + weights) * case.dtype.itemsize
-    return Work(read, 8 * N * H * W, N * H * W * C * 4 * channels)
+    pixels = N * H * W
+    operations, products = split_products(case, pixels * C * 4 * channels, pixels * C)
+    return Work(read, 8 * pixels, operations, products)
 
 
 def check(case: Case) -> None:

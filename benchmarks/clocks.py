@@ -173,9 +173,10 @@ def graph_replay(run: Callable[[], Any]) -> Callable[[], None]:
 
 
 def measure_rates(tiny: bool = False) -> dict[str, float]:
-    """Of this process, with its threads: bytes and operations per millisecond.
+    """Of this process, with its threads, per millisecond.
 
-    Bytes read and written by a large copy; fp32 multiply-adds of a large matrix product.
+    Bytes read and written by a large copy; fp32 multiply-adds of a large matrix product, as
+    operations; on CUDA also fp16 ones, as products.
     """
     large = device() == "cuda"
     count = 1 << (18 if tiny else 27 if large else 26)
@@ -185,13 +186,15 @@ def measure_rates(tiny: bool = False) -> dict[str, float]:
     a = torch.randn(edge, edge, device=device())
     out = torch.empty_like(a)
     fastest = {}
-    for name, run in (
-        ("copy", lambda: copy.copy_(source)),
-        ("product", lambda: torch.mm(a, a, out=out)),
-    ):
+    runs: dict[str, Callable[[], Any]] = {
+        "bytes": lambda: copy.copy_(source),
+        "operations": lambda: torch.mm(a, a, out=out),
+    }
+    if large:
+        half, half_out = a.half(), out.half()
+        runs["products"] = lambda: torch.mm(half, half, out=half_out)
+    amounts = {"bytes": 2 * 4 * count, "operations": edge**3, "products": edge**3}
+    for name, run in runs.items():
         run()
         fastest[name] = min(rounds(run, 7)) * 1e3
-    return {
-        "bytes per ms": 2 * 4 * count / fastest["copy"],
-        "operations per ms": edge**3 / fastest["product"],
-    }
+    return {f"{name} per ms": amounts[name] / fastest[name] for name in runs}

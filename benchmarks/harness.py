@@ -29,9 +29,10 @@ prints a Markdown table and writes ``results/bench_NAME_DEVICE_DATE.json``.
 2. Time: clocks.py. "fused", "eager" and so on are medians of single calls (on CUDA by events);
    "wall" and, of "fused", "graph" are the two other clocks.
 3. Memory: memory.py.
-4. Floor = max(bytes / copy bandwidth, operations / arithmetic rate), both rates measured in the
-   same process with the same number of threads. An operation is what one lane issues: an add, a
-   multiply or a multiply-add.
+4. Floor = max(bytes / copy bandwidth, operations / arithmetic rate, products / their rate), the
+   rates measured in the same process with the same number of threads. An operation is what one lane
+   issues: an add, a multiply or a multiply-add. Products are multiply-adds of a matrix product of
+   half-precision operands on CUDA, where tensor cores may do them.
 """
 
 from __future__ import annotations
@@ -108,19 +109,25 @@ def _inputs(case: Case, where: str) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes that must be read and written at least once, and operations (4 above)."""
+    """Bytes that must be read and written at least once, operations and products (4 above)."""
 
     read: int
     written: int
     operations: int = 0
+    products: int = 0
 
     def floor(self, rates: Mapping[str, float]) -> dict[str, Any]:
         """Milliseconds of each bound; the floor is the larger one."""
-        by_bytes = (self.read + self.written) / rates["bytes per ms"]
-        by_operations = self.operations / rates["operations per ms"]
+        bounds = {
+            "bytes": (self.read + self.written) / rates["bytes per ms"],
+            "operations": self.operations / rates["operations per ms"],
+        }
+        if self.products:
+            bounds["products"] = self.products / rates["products per ms"]
+        bound = max(bounds, key=lambda name: bounds[name])
         return {
-            "ms": max(by_bytes, by_operations),
-            "bound": "bytes" if by_bytes >= by_operations else "operations",
+            "ms": bounds[bound],
+            "bound": bound,
             "read ms": self.read / rates["bytes per ms"],
             **dataclasses.asdict(self),
         }

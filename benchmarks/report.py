@@ -67,7 +67,7 @@ def reached(row: dict[str, Any]) -> str:
     seconds = row["fused"]["median"] * 1e-3
     if floor["bound"] == "bytes":
         return f"{(floor['read'] + floor['written']) / seconds * 1e-9:.3g} GB/s"
-    return f"{floor['operations'] / seconds * 1e-9:.3g} Gop/s"
+    return f"{floor[floor['bound']] / seconds * 1e-9:.3g} Gop/s"
 
 
 def read_cells(row: dict[str, Any]) -> list[str]:

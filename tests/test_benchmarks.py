@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import clocks
 import harness
-import kernel_profile
 import memory
 import processes
 import report
@@ -374,104 +372,6 @@ def test_peak_memory_sees_full_resolution_planes() -> None:
     assert memory.peak_memory("bench_upsample_argmax", "fused", case) < plane / 2
 
 
-# --- what only a CUDA device runs, on stand-ins ---------------------------------------------------
-
-
-class Properties:
-    """Of an H100, as far as they are read."""
-
-    major, minor = 9, 0
-    L2_cache_size = 50 << 20
-    max_threads_per_multi_processor = 2048
-    shared_memory_per_multiprocessor = 233_472
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The log of what was asked of the device."""
-    log: list[str] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            log.append("event")
-
-        def elapsed_time(self, end: Any) -> float:
-            return 2.5
-
-    class Buffer:
-        def __init__(self, *size: int) -> None:
-            self.large = math.prod(size) * 4 >= 2 * Properties.L2_cache_size
-
-        def zero_(self) -> None:
-            assert self.large
-            log.append("overwrite")
-
-    def buffer(size: Any, dtype: torch.dtype, device: str) -> Buffer:
-        assert dtype == torch.float32 and device == "cuda"
-        return Buffer(*([size] if isinstance(size, int) else size))
-
-    def total(buffer: Buffer, dim: int, out: Buffer) -> None:
-        assert buffer.large and not out.large
-        log.append("read")
-
-    monkeypatch.setenv(clocks.DEVICE_VARIABLE, "cuda")
-    monkeypatch.setattr(torch, "empty", buffer)
-    monkeypatch.setattr(torch, "zeros", buffer)
-    monkeypatch.setattr(torch, "sum", total)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("hold"))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    return log
-
-
-def test_cuda_rounds_start_cold_and_with_the_launches_queued(cuda: list[str]) -> None:
-    assert clocks.rounds(lambda: cuda.append("run"), 2) == [0.0025, 0.0025]
-    # what was overwritten is written back before the clock starts
-    once = ["overwrite", "read", "hold", "event", "run", "event", "wait"]
-    assert cuda == ["wait", "run", "wait", *once, *once]
-
-
-def test_cuda_memory_is_the_growth_of_the_peak(
-    cuda: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: cuda.append("reset"))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 << 20)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 8 << 20)
-    assert memory.cuda_peak_memory(lambda: cuda.append("run")) == 5
-    assert cuda == ["wait", "reset", "run", "wait"]
-    assert clocks.wall(lambda: cuda.append("run"), 0.0) >= 0
-    assert cuda[4:] == ["wait", "run", "wait", *["run"] * 5, "wait"]  # none between the calls
-
-
-def test_registers_are_those_of_the_loaded_kernels(
-    cuda: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("triton")
-    kernels = importlib.import_module("fcnseg.kernels.upsample_argmax")
-
-    class Handle:
-        metadata = SimpleNamespace(num_warps=4, shared=0)
-        n_regs, n_spills = 255, 0
-
-        def _init_handles(self) -> None:
-            cuda.append("load")
-
-    kernel = kernels._upsample_argmax_kernel
-    if not hasattr(kernel, "device_caches"):
-        pytest.skip("Triton's interpreter compiles nothing")
-    monkeypatch.setattr(kernel, "device_caches", {0: ({"key": Handle()}, {}, None, None, None)})
-    expected = {"registers": 255, "spills": 0, "shared": 0, "warps": 4, "occupancy": 0.125}
-    assert kernel_profile.resources() == [
-        {"kernel": "upsample_argmax._upsample_argmax_kernel", **expected}
-    ]
-    assert cuda == ["load"]
-
-
 # --- the report -----------------------------------------------------------------------------------
 
 
@@ -547,16 +447,3 @@ def test_plots_are_deterministic(tmp_path: Path) -> None:
 def test_tables_match_the_committed_results(document: Path) -> None:
     """Mend with make bench-report."""
     assert report.stale_blocks(document.read_text(), document) == []
-
-
-@pytest.mark.parametrize(
-    ("registers", "warps", "shared", "expected"),
-    [
-        (32, 4, 0, 1.0),  # 64 warps of 64
-        (255, 4, 0, 0.125),  # 2 blocks of 4 warps
-        (40, 1, 0, 0.5),  # 32 blocks of one warp
-        (32, 4, 100_000, 0.125),  # 2 blocks fit the shared memory
-    ],
-)
-def test_occupancy(registers: int, warps: int, shared: int, expected: float) -> None:
-    assert kernel_profile.occupancy(registers, warps, shared, 233_472, 64, 32) == expected
