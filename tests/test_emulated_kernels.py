@@ -9,20 +9,27 @@ run a part of it.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 
 import pytest
 
 pytest.importorskip("triton")
 
+import triton
+
+import fcnseg.kernels
 from tests.ptx_emulator.case import ARCHS, Case
 from tests.ptx_emulator.cases import all_cases
 from tests.ptx_emulator.triton_bridge import Session
 
+CASES = list(all_cases())
+
 
 def parameters() -> Iterator[object]:
     for arch in ARCHS:
-        for case in all_cases():
+        for case in CASES:
             marks = () if arch in case.quick else (pytest.mark.slow,)
             yield pytest.param(arch, case, id=f"sm_{arch}-{case.name}", marks=marks)
 
@@ -33,8 +40,38 @@ def sessions() -> dict[int, Session]:
     return {arch: Session(arch) for arch in ARCHS}
 
 
+@pytest.fixture(scope="module")
+def done() -> set[tuple[int, str]]:
+    """The cases that were run."""
+    return set()
+
+
 @pytest.mark.parametrize(("arch", "case"), list(parameters()))
-def test_kernels_in_the_emulator(arch: int, case: Case, sessions: dict[int, Session]) -> None:
+def test_kernels_in_the_emulator(
+    arch: int, case: Case, sessions: dict[int, Session], done: set[tuple[int, str]]
+) -> None:
     check = case.check(sessions[arch])
     assert check.notes, "the case compared nothing"
     assert not check.wrong, "\n".join(check.wrong)
+    done.add((arch, case.name))
+
+
+def kernel_names() -> set[str]:
+    """Every kernel of the package: a new one needs a case."""
+    return {
+        name
+        for module in pkgutil.iter_modules(fcnseg.kernels.__path__, "fcnseg.kernels.")
+        for name, value in vars(importlib.import_module(module.name)).items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+    }
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_was_executed(
+    arch: int, sessions: dict[int, Session], done: set[tuple[int, str]]
+) -> None:
+    if missing := {case.name for case in CASES if arch in case.quick} - {
+        name for done_arch, name in done if done_arch == arch
+    }:
+        pytest.skip(f"{len(missing)} quick cases of sm_{arch} were not run, or failed")
+    assert sessions[arch].launched == kernel_names()

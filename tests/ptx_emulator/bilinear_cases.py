@@ -156,6 +156,26 @@ def confusion_case(
     return run
 
 
+def record_case(layout: str) -> Callable[[Check], None]:
+    """The record of operators that ran as PyTorch expressions: the labels of three calls."""
+
+    def run(check: Check) -> None:
+        _, target = lay_out(layout, *make(2, 3, *SHAPE))
+        H, W = target.shape[1:]
+        record = launchers.no_record()
+        for position, value, count in (((0, 0, 0), 0, 0), ((1, 6, 7), 9, 2), ((0, 3, 1), -5, 4)):
+            target = target.clone(memory_format=torch.preserve_format)
+            target[position] = value
+            n, y, x = position
+            with launches_on(check.session):
+                launchers.record_bad_labels(
+                    record, target, torch.tensor(count), torch.tensor((n * H + y) * W + x)
+                )
+        check.same("record", record, torch.tensor([6, 9, 1, 6, 7]))
+
+    return run
+
+
 def geometry_name(sizes: tuple[int, ...], geometry: Geometry) -> str:
     h, w, H, W = sizes
     name = f"{h}x{w} to {H}x{W}"
@@ -299,6 +319,8 @@ def label_cases() -> Iterator[Case]:
         yield Case(f"confusion matrix {C} classes bad label", confusion_case(x, y, bad=1), on)
         run = confusion_case(x, y, counted=True, bad=1)
         yield Case(f"confusion matrix {C} classes counted", run, (90,) if C == 19 else ())
+    for layout in ("channels_last", "transposed"):
+        yield Case(f"record of bad labels {layout}", record_case(layout), ARCHS)
     x, y = make(2, 19, *SHAPE, BF16, U8)
     yield Case("confusion matrix bf16 u8", confusion_case(x, y), (80,))
 

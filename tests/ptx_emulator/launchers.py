@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fcnseg import reference
 from fcnseg.kernels import common
+from fcnseg.kernels.bad_labels import record_bad_labels
 from fcnseg.kernels.conv_transpose_argmax import conv_transpose_argmax_forward
 from fcnseg.kernels.conv_transpose_cross_entropy import (
     conv_transpose_cross_entropy_backward,
@@ -40,6 +41,7 @@ __all__ = [
     "conv_transpose_loss",
     "conv_transpose_loss_reference",
     "launches_on",
+    "record_bad_labels",
     "upsample_argmax_forward",
     "upsample_confusion_matrix_forward_",
 ]

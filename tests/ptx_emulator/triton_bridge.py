@@ -106,6 +106,7 @@ class Session:
         self.report = Report()
         self.memory = Memory()
         self.kernels: dict[str, Kernel] = {}
+        self.launched: set[str] = set()  # names of kernels, whatever is forgotten
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.original: Any = triton.JITFunction.run
 
@@ -182,6 +183,7 @@ class Session:
                 values.append(None)
         values = values[: len(kernel.entry.params)]
         self.seconds["translate"] += time.perf_counter() - start
+        self.launched.add(kernel.name)
         start = time.perf_counter()
         kernel.launch(
             tuple(int(g) for g in grid),
