@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc kernels -type f) setup.py pyproject.toml
 
 .NOTPARALLEL:  # one virtual environment, one pip at a time
-.PHONY: help demo test test-full compile-kernels bench bench-full bench-report gpu gpu-check gpu-measure gpu-sanitize lint format docs package clean
+.PHONY: help demo test test-full compile-kernels bench bench-full bench-report gpu gpu-check gpu-measure gpu-train gpu-sanitize lint format docs package clean
 help:
 	@echo "make demo       train ResNet-101 FCN on generated street scenes, about 3 minutes"
 	@echo "make test       the test suite"
@@ -16,6 +16,7 @@ help:
 	@echo "make gpu        gpu-check, then gpu-measure, with the python3 that sees the GPU; no network"
 	@echo "make gpu-check     build, GPU tests in parallel, six smoke figures: at most 6 minutes"
 	@echo "make gpu-measure   build, benchmarks in order of worth, profile, ncu: at most 6 minutes"
+	@echo "make gpu-train     build, training steps and largest batches, loss curves: at most 9 minutes"
 	@echo "make gpu-sanitize  compute-sanitizer over the kernels"
 	@echo "make compile-kernels  the Triton kernels for sm_70 to sm_120, no GPU needed; ALL=1 every one"
 	@echo "make lint       ruff, mypy, clang-format"
@@ -70,7 +71,7 @@ bench-report: $(VENV)/install.stamp $(VENV)/test.stamp
 gpu:
 	$(PYTHON) benchmarks/gpu.py check measure
 
-gpu-check gpu-measure gpu-sanitize: gpu-%:
+gpu-check gpu-measure gpu-train gpu-sanitize: gpu-%:
 	$(PYTHON) benchmarks/gpu.py $*
 
 compile-kernels: $(VENV)/install.stamp $(VENV)/test.stamp

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_training_curves.py --device cuda [--steps 200] [--seeds 0 1 2]
 
-The last part of ``make gpu-train``. ResNet-18 FCN on drawn street scenes, by the trainer's step and
+A part of ``make gpu-train``. ResNet-18 FCN on drawn street scenes, by the trainer's step and
 in its precisions (TF32 off, autocast, a GradScaler for fp16); everything random follows from the
 seed, so that two curves of a seed differ by the loss alone. Rounding makes them part all the same:
 eager's gradient alone is summed in another order in every run on a GPU. So the distance of the
@@ -19,16 +19,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from clocks import DEVICE_VARIABLE, device
+from curves_table import line, table, title, verdicts
 from harness import require_compiled
 from jobs import HEADER, Job, Results, run_jobs
 from processes import environment
@@ -125,100 +125,6 @@ def train(
     return {"losses": [round(value, 6) for value in losses]}
 
 
-# -- what the curves show --------------------------------------------------------------------------
-
-
-def distance(one: Sequence[float], other: Sequence[float]) -> float:
-    """Of two curves: the largest difference of their moving means over a tenth of the steps."""
-    difference = torch.tensor(one, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
-    window = max(1, len(one) // 10)
-    return difference.unfold(0, window, 1).mean(1).abs().max().item()
-
-
-def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per precision: the distances, and whether the losses agree; None where a run is missing."""
-    found = []
-    for precision in dict.fromkeys(row["precision"] for row in rows):
-        done = {
-            (row["loss"], row["seed"], row["again"]): row["losses"]
-            for row in rows
-            if row["precision"] == precision and "losses" in row
-        }
-        eager = {
-            seed: curve
-            for (loss, seed, again), curve in done.items()
-            if loss == "eager" and not again
-        }
-        fused = {seed: curve for (loss, seed, _), curve in done.items() if loss == "fused"}
-        both = sorted(set(eager) & set(fused))
-        gaps = [distance(fused[seed], eager[seed]) for seed in both]
-        spread = [distance(*pair) for pair in itertools.combinations(eager.values(), 2)]
-        repeats = [
-            distance(curve, eager[seed])
-            for (_, seed, again), curve in done.items()
-            if again and seed in eager
-        ]
-        tail = max(1, len(next(iter(done.values()), [])) // 10)
-        found.append(
-            {
-                "precision": precision,
-                "seeds": both,
-                "first": max((abs(fused[s][0] / eager[s][0] - 1) for s in both), default=None),
-                "last": {
-                    name: [round(sum(curves[s][-tail:]) / tail, 4) for s in both]
-                    for name, curves in (("fused", fused), ("eager", eager))
-                },
-                "fused from eager": max(gaps, default=None),
-                "eager from eager again": max(repeats, default=None),
-                "eager from other seeds": max(spread, default=None),
-                "agree": max(gaps) <= max(spread) if gaps and spread else None,
-            }
-        )
-    return found
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown, and in sentences what is missing."""
-    lines = [
-        "| precision | seeds | first loss apart by | last tenth, fused / eager | fused from eager "
-        "| eager from eager again | eager from other seeds | agree |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.2g}"
-
-    for found in verdicts(rows):
-        last = ", ".join(
-            f"{a:.3f} / {b:.3f}"
-            for a, b in zip(found["last"]["fused"], found["last"]["eager"], strict=True)
-        )
-        agree = {None: "not shown", True: "yes", False: "NO"}[found["agree"]]
-        lines.append(
-            f"| {found['precision']} | {', '.join(map(str, found['seeds']))} "
-            f"| {number(found['first'])} | {last} | {number(found['fused from eager'])} "
-            f"| {number(found['eager from eager again'])} "
-            f"| {number(found['eager from other seeds'])} | {agree} |"
-        )
-    for word in ("skipped", "failed", "dropped"):
-        cases = [f"{title(row)} ({row[word]})" for row in rows if word in row]
-        if cases:
-            lines.append(f"\n{word.capitalize()}: {'; '.join(cases)}.")
-    return "\n".join(lines)
-
-
-def title(row: Mapping[str, Any]) -> str:
-    return f"{row['precision']}, seed {row['seed']}, {row['loss']}" + " again" * row["again"]
-
-
-def line(outcome: Mapping[str, Any]) -> str:
-    for word in ("skipped", "failed", "dropped"):
-        if word in outcome:
-            return f"{word}: {outcome[word]}"
-    losses = outcome["losses"]
-    return f"{losses[0]:.4f} to {sum(losses[-5:]) / len(losses[-5:]):.4f}"
-
-
 # -- all runs --------------------------------------------------------------------------------------
 
 
@@ -271,7 +177,8 @@ def main() -> int:
     if path is None and args.quick and not os.environ.get("OUT"):
         path = False  # a rehearsal has no figures to keep
     jobs = plan(args)
-    results = Results("curves", jobs, {"tf32": "off"}, line, path)
+    settings = {"tf32": "off"} | ({"quick": True} if args.quick else {})
+    results = Results("curves", jobs, settings, line, path)
     threads = {"OMP_NUM_THREADS": "1"} if args.quick and args.device == "cpu" else {}
     run_jobs(
         "bench_training_curves:train",
@@ -280,7 +187,7 @@ def main() -> int:
         results.keep,
         environment=environment({DEVICE_VARIABLE: args.device, **threads}),
     )
-    print(f"\n{table(results.rows)}")
+    print(f"\n{table(results.content())}")
     if results.path:
         print(f"\n{os.path.relpath(results.path)}")
     failed = any("failed" in row for row in results.rows)

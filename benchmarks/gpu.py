@@ -1,23 +1,26 @@
 """make gpu: what a CUDA machine can show, without a network, in minutes that are counted.
 
-    python benchmarks/gpu.py [check] [measure] [sanitize] [--device cuda|cpu] [--quick]
+    python benchmarks/gpu.py [check] [measure] [train] [sanitize] [--device cuda|cpu] [--quick]
                              [--parts PART ...]
 
-with the Python that sees the GPU. Stages, each under six minutes on 16 cores; the default is the
-first two:
+with the Python that sees the GPU. Stages, each under six minutes on 16 cores, train under nine; the
+default is the first two:
 
     check      build the extension for this device's architecture; the GPU tests without the slow
                ones, in parallel processes; a smoke figure of every operator
     measure    build (quick where check did it); rehearse, so that every kernel is compiled, on all
                cores; the benchmarks in order of worth; profile: registers, occupancy, the
                profiler's table; ncu: Nsight Compute on the main kernel of the loss
+    train      build; training: steps of ResNet-101 FCN in order of worth, the largest batches;
+               curves: losses of trainings with both losses in fp32, fp16 and bf16
     sanitize   build; compute-sanitizer over the kernels
 
 A part runs in processes of its own under a deadline of its own: at it SIGINT, ten seconds later
 SIGKILL to the whole process group. No part can take the time of another, and one that fails does
 not stop the others; but nothing follows a build that fails even without CUDA C++. Written as they
 come, into $OUT (else benchmarks/results): STAGE.log with all output, STAGE_summary.txt, and by the
-parts smoke_*.json, gpu_*.json, profile_*.json and ncu.log. The exit status is 1 if a part failed.
+parts smoke_*.json, gpu_*.json, profile_*.json, ncu.log, training_*.json and curves_*.json. The exit
+status is 1 if a part failed.
 --device cpu --quick runs the same code on tiny problems without a GPU, as a test does.
 
 The Python needs torch, Triton, NumPy, pytest, and for the build pybind11, wheel and setuptools >=
@@ -44,11 +47,13 @@ from pathlib import Path
 
 import processes
 import tables
+import training_table
 from processes import HERE, ROOT
 
 STAGE_LIMIT = 355.0  # seconds of a stage, whatever its parts do
+TRAIN_LIMIT = 535.0  # of the stage "train"
 PROBE_LIMIT = 20.0
-STAGES = ("check", "measure", "sanitize")
+STAGES = ("check", "measure", "train", "sanitize")
 SANITIZER = ROOT / "tests" / "sanitize_gpu.sh"
 TEST_PROCESSES = 12
 #: What ncu looks at: a step of the loss launches this kernel once, and others beside it.
@@ -192,6 +197,12 @@ def suite_part(name: str, which: str, options: argparse.Namespace, seconds: floa
     return Part(name, seconds, [*command, "--timeout", f"{seconds - 6:.0f}"])
 
 
+def jobs_part(name: str, script: str, options: argparse.Namespace, seconds: float) -> Part:
+    """A benchmark that is a list of jobs, told to end itself before its deadline."""
+    command = [sys.executable, str(HERE / script), *target(options)]
+    return Part(name, seconds, [*command, "--seconds", f"{seconds - 8:.0f}"])
+
+
 def target(options: argparse.Namespace) -> list[str]:
     return ["--device", options.device, *(["--quick"] if options.quick else [])]
 
@@ -241,6 +252,11 @@ def parts(options: argparse.Namespace, folder: Path) -> dict[str, list[Part]]:
             Part("profile", 22, profile),
             ncu_part(options, folder, 30),
         ],
+        "train": [
+            build_part(options, 55),
+            jobs_part("training", "bench_training_step.py", options, 340),
+            jobs_part("curves", "bench_training_curves.py", options, 75),
+        ],
         "sanitize": [build_part(options, 60), sanitizer_part(options, 240)],
     }
 
@@ -270,13 +286,18 @@ class Stage:
 
     def results(self) -> list[Path]:
         """The files of results that this stage wrote."""
-        names = [*self.folder.glob("smoke_*.json"), *self.folder.glob("gpu_*.json")]
-        return [path for path in names if path.stat().st_mtime >= self.began]
+        sets = ("smoke", "gpu", "training", "curves")
+        paths = [path for name in sets for path in self.folder.glob(f"{name}_*.json")]
+        return [path for path in paths if path.stat().st_mtime >= self.began]
 
     def figures(self) -> list[str]:
         lines = []
         for path in self.results():
-            for module, file in json.loads(path.read_text())["files"].items():
+            content = json.loads(path.read_text())
+            if path.name.startswith("training_"):
+                lines += [f"{training_table.title(row)}: {training_table.line(row)}"
+                          for row in content["rows"]]  # fmt: skip
+            for module, file in content.get("files", {}).items():
                 stem = module.removeprefix("bench_")
                 lines += [f"{stem}, {case}: {tables.sentence(row)}"
                           for case, row in file["rows"].items()]  # fmt: skip

@@ -5,7 +5,8 @@
 
 rewrites what stands between ``<!-- bench:SET -->`` and ``<!-- /bench -->`` in README.md and docs/:
 for each device the newest ``results/SET_DEVICE_DATE.json``, as a Markdown table, and draws the
-plots. The same files give the same bytes. SET is summary, matrix, gpu or scaling.
+plots. The same files give the same bytes. SET is summary, matrix, gpu, scaling, training
+or curves; the last two have no plot.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import curves_table
 import processes
 import result_files
 import tables
+import training_table
 
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 SOURCE = re.compile(r"results/([\w.-]+\.json)")
+#: Of the sets that are not operators' cases.
+TABLES = {"training": training_table.table, "curves": curves_table.table}
 
 
 def documents() -> list[Path]:
@@ -35,7 +40,7 @@ def newest(name: str) -> list[Path]:
     found: dict[tuple[str, str], Path] = {}
     for path in sorted(result_files.RESULTS.glob(f"{name}_*.json"), key=lambda p: p.stem[-10:]):
         content = json.loads(path.read_text())
-        if content.get("name") == name:
+        if content.get("name") == name and not content["header"].get("quick"):
             about = content["header"]
             found[about["kind"], about["device"]] = path
     return [path for _, path in sorted(found.items())]
@@ -132,6 +137,10 @@ def plot_path(path: Path, document: Path) -> Path:
 def section(path: Path, document: Path) -> str:
     """A file of results as Markdown. No link: README.md is also a page of the site of docs/."""
     content = json.loads(path.read_text())
+    if content["name"] in TABLES:
+        about = belongs_to(content["header"], None, None)
+        parts = [f"{about}; `benchmarks/results/{path.name}`", TABLES[content["name"]](content)]
+        return "\n\n".join(parts) + "\n"
     scaling = content["name"] == "scaling"
     first = {} if scaling else next(iter(content["files"].values()), {})
     load = first.get("load_before", [None])[0]
@@ -226,7 +235,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.print is not None:
         content = json.loads(options.print.read_text())
-        print("\n\n".join([table(content), *missing(content)]))
+        special = TABLES.get(content["name"])
+        print(special(content) if special else "\n\n".join([table(content), *missing(content)]))
         return
     plots: dict[Path, Path] = {}
     for document in documents():
@@ -237,7 +247,8 @@ def main() -> None:
             print(f"rewrote {document.relative_to(processes.ROOT)}")
         for match in BLOCK.finditer(fresh):
             for path in (result_files.RESULTS / name for name in SOURCE.findall(match[3])):
-                plots[plot_path(path, document)] = path
+                if match[2] not in TABLES:
+                    plots[plot_path(path, document)] = path
     for target, path in sorted(plots.items()):
         target.parent.mkdir(exist_ok=True)
         plot(path, target)

@@ -22,7 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import bench_training_curves as curves
 import bench_training_step as bench
+import curves_table
+import gpu
 import jobs
+import report
+import result_files
 import training_configurations as configurations
 import training_table
 from clocks import DEVICE_VARIABLE
@@ -597,17 +601,41 @@ def test_a_rehearsal_of_one_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @compiled
 @pytest.mark.slow
-def test_the_whole_rehearsal(tmp_path: Path) -> None:
-    command = [sys.executable, str(bench.__file__), "--device", "cpu", "--quick"]
+def test_make_gpu_train_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, str(gpu.__file__), "train", "--device", "cpu", "--quick"]
     done = subprocess.run(
         command, env=environment({"OUT": str(tmp_path)}), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.iterdir()
-    rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == 34
-    for each in rows:
+    names = {path.name.partition("_")[0] for path in tmp_path.iterdir()}
+    assert names == {"training", "curves", "train", "train.log"}
+    (path,) = tmp_path.glob("training_*.json")
+    content = json.loads(path.read_text())
+    assert len(content["rows"]) == 34 and content["parts"]["training"].startswith("passed")
+    for each in content["rows"]:
         assert {"images_per_second", "largest_batch", "skipped"} & set(each), each
+    summary = (tmp_path / "train_summary.txt").read_text()
+    assert "\ncurves: passed in " in summary and "\n150 classes, largest batch, " in summary
+
+
+def test_the_report_takes_what_was_measured_and_no_rehearsal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
+    about = result_files.header("make gpu-train") | {"kind": "cuda", "capability": "sm_90"}
+    for name, rows in (
+        ("training", [row("eager AMP", **figures(10.0)), row("+ fused loss", **figures(15.0))]),
+        ("curves", [curve("eager", 0, 0.0), curve("eager", 1, 0.3), curve("fused", 0, 0.02)]),
+    ):
+        content = {"name": name, "header": about, "rows": rows}
+        (tmp_path / f"{name}_a_2026-01-01.json").write_text(json.dumps(content))
+        content["header"] = about | {"quick": True}
+        (tmp_path / f"{name}_a_2026-01-02.json").write_text(json.dumps(content))
+        document = tmp_path / "page.md"
+        text = report.rewrite(f"<!-- bench:{name} -->\n<!-- /bench -->\n", document)
+        assert f"`benchmarks/results/{name}_a_2026-01-01.json`" in text and "01-02" not in text
+        assert ("| 1.50x |" if name == "training" else "| yes |") in text and ".png" not in text
+        assert report.stale_blocks(text, document) == []
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -620,25 +648,27 @@ def curve(loss: str, seed: int, shift: float, again: bool = False) -> dict[str, 
 
 def test_curves_agree_within_the_spread_of_seeds() -> None:
     eager = [curve("eager", 0, 0.0), curve("eager", 1, 0.3), curve("eager", 0, 0.01, True)]
-    (found,) = curves.verdicts([*eager, curve("fused", 0, 0.02), curve("fused", 1, 0.32)])
+    (found,) = curves_table.verdicts([*eager, curve("fused", 0, 0.02), curve("fused", 1, 0.32)])
     assert found["agree"] is True and found["seeds"] == [0, 1]
     assert found["fused from eager"] == pytest.approx(0.02)
     assert found["eager from eager again"] == pytest.approx(0.01)
     assert found["eager from other seeds"] == pytest.approx(0.3)
     assert found["first"] == pytest.approx(0.02 / 3)
-    (found,) = curves.verdicts([*eager, curve("fused", 0, 0.02), curve("fused", 1, -0.1)])
-    assert found["agree"] is False and "| NO |" in curves.table([*eager, curve("fused", 1, -0.1)])
-    (found,) = curves.verdicts([eager[0], curve("fused", 0, 0.0)])
+    (found,) = curves_table.verdicts([*eager, curve("fused", 0, 0.02), curve("fused", 1, -0.1)])
+    assert found["agree"] is False and "| NO |" in curves_table.table(
+        {"rows": [*eager, curve("fused", 1, -0.1)]}
+    )
+    (found,) = curves_table.verdicts([eager[0], curve("fused", 0, 0.0)])
     assert found["agree"] is None  # no second seed tells the spread
     missing = {"precision": "fp16", "loss": "fused", "seed": 0, "again": False, "dropped": "late"}
-    assert "Dropped: fp16, seed 0, fused (late)." in curves.table([*eager, missing])
+    assert "Dropped: fp16, seed 0, fused (late)." in curves_table.table({"rows": [*eager, missing]})
 
 
 def test_a_distance_is_one_of_moving_means() -> None:
     noise = [0.5 * (-1) ** i for i in range(40)]
-    assert curves.distance(noise, [0.0] * 40) == pytest.approx(0)
-    assert curves.distance([0.0] * 36 + [1.0] * 4, [0.0] * 40) == 1
-    assert not curves.distance([float("nan")] * 40, [0.0] * 40) <= 1
+    assert curves_table.distance(noise, [0.0] * 40) == pytest.approx(0)
+    assert curves_table.distance([0.0] * 36 + [1.0] * 4, [0.0] * 40) == 1
+    assert not curves_table.distance([0.0] * 39 + [float("nan")], [0.0] * 40) <= 1
 
 
 @compiled
@@ -653,7 +683,7 @@ def test_curves_of_both_losses_agree_on_the_cpu(
     (path,) = tmp_path.iterdir()
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) == 2 * 5 and all(len(each["losses"]) == 20 for each in rows)
-    for found in curves.verdicts(rows):
+    for found in curves_table.verdicts(rows):
         assert found["agree"] is True and found["eager from eager again"] == 0
         assert found["first"] < 1e-4
     assert capsys.readouterr().out.count("| yes |") == 2
