@@ -122,6 +122,7 @@ def run_in_turn(
         quick=options.quick,
         limit=options.timeout,
         case_limit=CASE_LIMIT,
+        environment=workers.ONE_COMPILER,
         progress=lambda found: result_files.save(name, {"files": files(found)}, about) and None,
     )
     return files(found)

@@ -36,6 +36,9 @@ START = 60.0  # seconds for a process to start and to measure the rates, and to 
 CODE = "import os, sys, workers; workers.worker(sys.argv[1]); sys.stdout.flush(); os._exit(0)"
 GO_ON = 75  # exit status: the device answers no more, but would to a new process
 NO_TIME = "no time left"
+#: Else torch.compile starts a process per core, which import and wait while others are timed. The
+#: same in a rehearsal: the caches are of one configuration.
+ONE_COMPILER = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 INTERRUPTED = "ended by SIGINT"  # as processes.run words it; from outside, at a deadline of all
 
 
@@ -71,6 +74,8 @@ def worker(text: str) -> None:
     out = Path(options["out"])
     torch.set_num_threads(options["threads"])
     rates = {} if options["rehearse"] else measure_rates(options["quick"])
+    for name, rate in rates.items():
+        print(f"{name}: {rate:.4g}", flush=True)
     content: dict[str, Any] = {"rates": rates, "done": []}
     result_files.write(out, content)
     for each in options["tasks"]:
@@ -239,7 +244,7 @@ def rehearse(
         shares = [tasks[i::count] for i in range(min(count, len(tasks)))]
         waiting = [
             pool.submit(run_tasks, share, threads=1, seconds=0, quick=quick, limit=limit,
-                        rehearse=True, environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"})
+                        rehearse=True, environment=ONE_COMPILER)
             for share in shares
         ]  # fmt: skip
         for each in waiting:
