@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -327,3 +328,13 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def is_before(version: str, release: tuple[int, ...]) -> bool:
+    """Whether a version string is older than a release: "3.7.1rc1" is older than (3, 7, 1), a local
+    build of it ("3.7.1+git1234") is not, and what is no version counts as old."""
+    found = re.match(r"v?(\d+(?:\.\d+)*)[-._]?(a|b|rc|alpha|beta|dev)?", version)
+    if found is None:
+        return True
+    numbers = tuple(int(number) for number in found[1].split("."))
+    return numbers < release or (numbers == release and found[2] is not None)

@@ -1061,9 +1061,12 @@ def tuned_blocks(
             # half a block of the loss's kernel fills the same rows of the packed weight
             block, block_c = (16, 16) if wide else (32, block_c)
             held = False
-        stages = 1 if held and capability >= 100 else 2
+        # Before 3.7.1 Triton lets wgmma read what cp.async wrote, with no fence between (#10537).
+        # With one stage there is no cp.async; the parts of float32 operands pass through registers.
+        unfenced = 90 <= capability < 100 and common.is_before(triton.__version__, (3, 7, 1))
+        single = (held and capability >= 100) or (unfenced and not wide)
         sizes = (block, block_c, block_k, block_k)
-        return Blocks(*mode, held, *sizes, block // 16, stages, maxnreg=255)
+        return Blocks(*mode, held, *sizes, block // 16, 1 if single else 2, maxnreg=255)
     block_c = max(2, power(C)) if C <= 256 else 64
     block = max(2, 256 // block_c) if C <= 256 else 2  # 8 elements of a tile a thread
     warps = max(1, block_c // 128)

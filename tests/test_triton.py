@@ -20,6 +20,8 @@ from fcnseg.kernels.conv_transpose_argmax import conv_transpose_argmax_forward
 from fcnseg.kernels.conv_transpose_cross_entropy import (
     conv_transpose_cross_entropy_backward,
     conv_transpose_cross_entropy_forward,
+    make_problem,
+    tuned_blocks,
 )
 from fcnseg.kernels.upsample_argmax import upsample_argmax_forward
 from fcnseg.kernels.upsample_confusion_matrix import upsample_confusion_matrix_forward_
@@ -217,6 +219,42 @@ def same_kernels_at_other_sizes() -> None:
 def test_other_sizes_do_not_compile_anew(tmp_path: Path) -> None:
     run("-c", "from tests import test_triton; test_triton.same_kernels_at_other_sizes()",
         TRITON_CACHE_DIR=str(tmp_path))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("version", "before"),
+    [
+        ("3.6.0", True), ("3.6.0+git9844da95", True), ("3.7", True), ("3.7.0", True),
+        ("3.7.1rc1", True), ("3.7.1.dev20260101", True), ("3.7.1-rc2", True), ("unknown", True),
+        ("3.7.1", False), ("3.7.1+gitd704bc6e", False), ("3.7.1.post1", False), ("3.7.2", False),
+        ("3.10.0", False), ("4.0.0rc1", False),
+    ],
+)  # fmt: skip
+def test_versions_of_triton(version: str, before: bool) -> None:
+    assert common.is_before(version, (3, 7, 1)) == before
+
+
+@pytest.mark.parametrize("of_weight", [False, True])
+@pytest.mark.parametrize(
+    ("version", "capability", "dtype", "stages"),
+    [
+        ("3.6.0", 90, torch.float16, 1),
+        ("3.7.0+git1", 90, torch.bfloat16, 1),
+        ("3.6.0", 90, torch.float32, 2),  # through registers
+        ("3.6.0", 80, torch.float16, 2),  # no wgmma
+        ("3.7.1", 90, torch.float16, 2),
+    ],
+)
+def test_one_stage_where_triton_forgets_a_fence(
+    version: str, capability: int, dtype: torch.dtype, stages: int, of_weight: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("triton.__version__", version)
+    input, weight = torch.empty(1, 19, 4, 4), torch.empty(19, 19, 16, 16)
+    geometry = ((32, 32), (8, 8), (4, 4), 1, (1, 1), (0, 0))
+    problem = make_problem(input, weight, *geometry)
+    tuned = tuned_blocks.__wrapped__  # what is cached belongs to the Triton that runs
+    assert tuned(problem, dtype, capability, of_weight).num_stages == stages
 
 
 def test_import_does_not_load_triton() -> None:
