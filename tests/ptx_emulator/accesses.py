@@ -60,6 +60,7 @@ class Accesses(Lanes):
         size: int,
         count: int,
     ) -> Array:
+        """[lanes, count] elements of ``size`` bytes that the lanes of the mask read."""
         out = None
         for lanes, buffer, where, offsets in self._parts(space, address, mask):
             if len(lanes) == 0:
@@ -83,6 +84,7 @@ class Accesses(Lanes):
         size: int,
         values: tuple[Array, ...],
     ) -> None:
+        """The lanes of the mask write ``values``, one array for each element of a vector."""
         stacked = np.stack([np.broadcast_to(v, self.n) for v in values], 1)
         for lanes, buffer, where, offsets in self._parts(space, address, mask):
             if len(lanes):
@@ -102,6 +104,7 @@ class Accesses(Lanes):
         values: tuple[Array, ...],
         wanted: bool,
     ) -> Array:
+        """The values before a read-modify-write; zeros where nobody wants them."""
         size = (16 if kind == "bf16" else int(kind[1:])) // 8
         out = np.zeros(self.n, UNSIGNED[size])
         for lanes, buffer, where, offsets in self._parts(space, address, mask):
@@ -200,6 +203,7 @@ class Accesses(Lanes):
         self.groups[-1].append((ins, lanes, offsets, data[lanes]))
 
     def commit(self, mask: Array | None) -> None:
+        """cp.async.commit_group: the copies so far become a group to be waited for."""
         self.groups.append([])
 
     def wait(self, ins: Instruction, mask: Array | None, count: int) -> None:

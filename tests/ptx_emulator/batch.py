@@ -28,6 +28,7 @@ class Batch(Exchanges):
     executed: Array
 
     def run(self) -> None:
+        """Runs block after block, the first in the text that lanes have reached, to the end."""
         kernel = self.kernel
         R = [
             np.full(self.n, -1, np.int8).view(np.uint8).astype(np.bool_)

@@ -45,6 +45,8 @@ def make(
 
 
 def put_logit(channel: int, row: int, column: int, value: float) -> Spoil:
+    """Puts a value into the logits of the first image."""
+
     def spoil(logits: Tensor, target: Tensor) -> None:
         logits[0, channel, row, column] = value
 
@@ -52,6 +54,8 @@ def put_logit(channel: int, row: int, column: int, value: float) -> Spoil:
 
 
 def put_label(at: tuple[Any, ...], value: int) -> Spoil:
+    """Puts a value into the labels."""
+
     def spoil(logits: Tensor, target: Tensor) -> None:
         target[at] = value
 
@@ -117,6 +121,8 @@ def argmax_case(
     dtype: torch.dtype = I64,
     ties: bool = False,
 ) -> Callable[[Check], None]:
+    """Labels of the upsampled logits; ``ties``: equal logits give the lowest class, exactly."""
+
     def run(check: Check) -> None:
         with launches_on(check.session):
             label = launchers.upsample_argmax_forward(logits, size, *geometry, dtype)
@@ -177,6 +183,7 @@ def record_case(layout: str) -> Callable[[Check], None]:
 
 
 def geometry_name(sizes: tuple[int, ...], geometry: Geometry) -> str:
+    """How the names of cases tell a geometry."""
     h, w, H, W = sizes
     name = f"{h}x{w} to {H}x{W}"
     return name + (" corners" if geometry[0] else "") + (" scale" if geometry[1] else "")
@@ -326,6 +333,7 @@ def label_cases() -> Iterator[Case]:
 
 
 def cases() -> Iterator[Case]:
+    """Every case over bilinearly upsampled logits."""
     yield from option_cases()
     yield from value_cases()
     yield from geometry_cases()

@@ -13,5 +13,6 @@ from tests.ptx_emulator.case import Case
 
 
 def all_cases() -> Iterator[Case]:
+    """Every case, on whatever architecture."""
     yield from bilinear_cases.cases()
     yield from conv_transpose_cases.cases()

@@ -110,6 +110,7 @@ class Access:
     def inside(
         self, buffer: Buffer, offsets: Array, lanes: Array, width: int, ins: Instruction
     ) -> Groups:
+        """The accesses to one buffer; those outside of every view of it are reported, and made."""
         allowed = buffer.allowed
         if allowed is not None:
             wrong = (allowed[offsets] == 0) | (allowed[offsets + width - 1] == 0)
@@ -124,9 +125,11 @@ class Access:
         yield buffer, offsets, lanes
 
     def lane(self, lane: Any) -> str:
+        """How reports call a lane of the batch."""
         return self.gid_name(int(self.clock.gid[lane]))
 
     def gid_name(self, gid: int) -> str:
+        """How reports call a lane of the launch."""
         return f"CTA {gid // self.clock.cta_lanes} thread {gid % self.clock.cta_lanes}"
 
     # -- accesses: lanes are indices into the batch
@@ -236,6 +239,7 @@ class Access:
     def granules(
         self, target: Buffer, at: Array, size: int, who: Array
     ) -> tuple[Shadow, Array, Array, int]:
+        """The shadow of a buffer, granules and lanes of the accesses, granules of an element."""
         shadow = target.shadow
         if shadow is None:
             granule = min(target.granule, size)
@@ -249,6 +253,7 @@ class Access:
         return shadow, at.reshape(-1), lanes, times
 
     def note_read(self, target: Buffer, at: Array, size: int, who: Array, ins: Instruction) -> None:
+        """Reports reads that race with writes, and remembers who read."""
         shadow, at, lanes, _ = self.granules(target, at, size, who)
         clock = self.clock
         if shadow.written:

@@ -200,6 +200,7 @@ def value_cases() -> Iterator[Case]:
 
 
 def cases() -> Iterator[Case]:
+    """Every case over transposed convolutions."""
     yield from dtype_cases()
     yield from shape_cases()
     yield from value_cases()

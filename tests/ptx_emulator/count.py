@@ -150,6 +150,7 @@ def machine_code(
 
 
 def rows(arch: int, classes: int, only: str) -> Iterator[Row]:
+    """The table of one architecture and number of classes."""
     operators = [*bilinear_operators(classes), *conv_transpose_operators(classes)]
     for operator, pixels, launch in operators:
         if not re.search(only, operator):

@@ -13,6 +13,7 @@ class Exchanges(Accesses):
     """What translated code calls for a warp, a warp group or a CTA."""
 
     def lanes_of(self, mode: str, b: int, c: int) -> tuple[Array, Array]:
+        """As ``lanes_for``, where the operands are immediate: worked out once."""
         key = (mode, b, c)
         if key not in self.shuffles:
             self.shuffles[key] = self.lanes_for(
@@ -45,6 +46,7 @@ class Exchanges(Accesses):
         return self.all - lane + j, ok
 
     def check_sources(self, ins: Instruction, j: Array, mask: Array) -> None:
+        """Reports lanes that shuffle from a lane which takes no part."""
         wrong = mask & ~mask[j]
         if wrong.any():
             self.found(
@@ -55,6 +57,7 @@ class Exchanges(Accesses):
             )
 
     def vote(self, mode: str, truth: Array, mask: Array | None) -> Array:
+        """vote.sync: ballot, all, any or uni of a predicate over each warp."""
         active = np.ones(self.n, bool) if mask is None else mask
         truth = np.broadcast_to(truth, self.n).reshape(-1, 32)
         active = active.reshape(-1, 32)
@@ -65,6 +68,7 @@ class Exchanges(Accesses):
         return np.repeat({"all": every, "any": some, "uni": every | ~some}[mode], 32)
 
     def redux(self, operation: str, values: Array, mask: Array | None) -> Array:
+        """redux.sync: a reduction of integers over each warp."""
         ufunc = {
             "add": np.add,
             "min": np.minimum,
@@ -82,6 +86,7 @@ class Exchanges(Accesses):
         return np.repeat(ufunc.reduce(values.reshape(-1, 32), axis=1, dtype=values.dtype), 32)
 
     def match(self, values: Array, mask: Array | None) -> Array:
+        """match.any.sync: which lanes of the warp hold the same value."""
         active = np.ones(self.n, bool) if mask is None else mask
         rows = values.reshape(-1, 32)
         equal = (rows[:, :, None] == rows[:, None, :]) & active.reshape(-1, 1, 32)
@@ -93,24 +98,28 @@ class Exchanges(Accesses):
         )
 
     def elect(self, mask: Array | None) -> Array:
+        """elect.sync: the first lane of each warp that takes part."""
         active = (np.ones(self.n, bool) if mask is None else mask).reshape(-1, 32)
         out = np.zeros_like(active)
         out[np.arange(len(out)), active.argmax(1)] = True
         return (out & active).reshape(-1)
 
     def meet(self, mask: Array | None) -> None:
+        """The lanes were in one warp-wide instruction, which orders execution, not memory."""
         if mask is None:
             self.clock.met += 1
         else:
             self.clock.met[mask] += 1
 
     def sync_warp(self, mask: Array | None) -> None:
+        """A barrier of the warp: orders memory among its lanes."""
         if mask is None:
             self.clock.warp += 1
         else:
             self.clock.warp[mask] += 1
 
     def sync_cta(self, mask: Array | None) -> None:
+        """A barrier of the CTA: orders memory among its lanes."""
         for clock in (self.clock.warp, self.clock.cta):
             if mask is None:
                 clock += 1
@@ -118,6 +127,7 @@ class Exchanges(Accesses):
                 clock[mask] += 1
 
     def reduce_cta(self, kind: str, truth: Array, mask: Array | None) -> Array:
+        """barrier.red: how many lanes of the CTA hold a predicate, or whether all or any do."""
         active = (np.ones(self.n, bool) if mask is None else mask).reshape(self.ctas, -1)
         truth = np.broadcast_to(truth, self.n).reshape(self.ctas, -1)
         if kind == "popc":
@@ -129,6 +139,7 @@ class Exchanges(Accesses):
     def load_matrix(
         self, ins: Instruction, address: Array, mask: Array | None, count: int, transposed: bool
     ) -> list[Array]:
+        """ldmatrix: registers of 8 x 8 matrices of 16 bits, whose rows lanes point at."""
         lanes = self.lane < 8 * count
         if mask is not None:
             lanes = lanes & mask
@@ -152,6 +163,7 @@ class Exchanges(Accesses):
         values: tuple[Array, ...],
         transposed: bool,
     ) -> None:
+        """stmatrix: the opposite of ``load_matrix``."""
         rows = np.zeros((self.warps, 32, 8), np.uint16)
         lane = np.arange(32)
         for i, register in enumerate(values):

@@ -146,6 +146,7 @@ class Launch:
     schedule: str
 
     def run(self) -> None:
+        """Runs every CTA, and counts the instructions of each kind that warps executed."""
         threads = int(np.prod(self.block))
         lanes = -(-threads // 32) * 32
         ctas = int(np.prod(self.grid))

@@ -106,12 +106,15 @@ class Lanes:
     def found(
         self, kind: str, ins: Instruction, count: Any, example: Callable[[], str] | None
     ) -> None:
+        """Reports a finding of this kernel."""
         self.launch.report.add(kind, self.kernel.name, ins, count, example)
 
     def count(self, mask: Array | None) -> int:
+        """How many lanes a mask holds."""
         return self.n if mask is None else int(mask.sum())
 
     def branch(self, condition: Array, yes: int, no: int) -> int | tuple[Array, int, int]:
+        """One target where all lanes agree, else who goes where."""
         taken = np.count_nonzero(condition)
         if taken == 0:
             return no
@@ -120,13 +123,16 @@ class Lanes:
         return condition.copy(), yes, no  # the register may be overwritten
 
     def special(self, name: str) -> Array:
+        """A special register, like %tid.x."""
         return self.specials[name]
 
     def parameter(self, name: str, offset: int, kind: Any) -> Any:
+        """An element of a kernel parameter."""
         size = np.dtype(kind).itemsize
         return np.ascontiguousarray(self.launch.params[name][offset : offset + size]).view(kind)[0]
 
     def approximately(self, values: Array, approximate: bool) -> Array:
+        """Perturbs what the device only approximates, where a run asks for noise."""
         noise = self.launch.noise
         if not (noise and approximate):
             return values

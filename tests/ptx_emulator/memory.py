@@ -19,6 +19,8 @@ Array = np.ndarray[Any, Any]
 
 @dataclass
 class Buffer:
+    """A range of addresses, what of it was written, and what may be accessed."""
+
     name: str
     base: int
     data: np.ndarray  # uint8
@@ -36,14 +38,17 @@ class Buffer:
 
     @property
     def end(self) -> int:
+        """The address after the last byte."""
         return self.base + self.nbytes
 
     def view(self, size: int) -> np.ndarray:
+        """The elements of ``size`` bytes, as unsigned integers."""
         if size not in self.views:
             self.views[size] = self.data[: self.nbytes // size * size].view(UNSIGNED[size])
         return self.views[size]
 
     def describe(self, offset: int) -> str:
+        """How reports call a byte."""
         if self.per_cta:
             return f"{self.name} byte {offset % self.stride}"
         return f"{self.name} byte {offset} of {self.nbytes}"
@@ -58,6 +63,7 @@ class Memory:
         self.by_base: dict[int, Buffer] = {}
 
     def add(self, buffer: Buffer) -> Buffer:
+        """Makes a buffer known."""
         at = bisect.bisect(self.bases, buffer.base)
         self.bases.insert(at, buffer.base)
         self.buffers.insert(at, buffer)
@@ -120,19 +126,23 @@ class Memory:
         return buffer
 
     def declare(self, buffer: Buffer, defined: bool) -> Buffer:
+        """Poisons a buffer that counts as never written."""
         if not defined:
             buffer.data[:] = POISON
             buffer.defined = np.zeros(buffer.nbytes, np.uint8)
         return buffer
 
     def remove(self, buffer: Buffer) -> None:
+        """Forgets a buffer."""
         at = self.buffers.index(buffer)
         del self.buffers[at], self.bases[at], self.by_base[buffer.base]
 
     def new_launch(self) -> None:
+        """Accesses of earlier launches are ordered before those to come."""
         for buffer in self.buffers:
             buffer.shadow = None
 
     def find(self, address: int) -> Buffer | None:
+        """The last buffer that begins at or before an address."""
         at = bisect.bisect(self.bases, address) - 1
         return self.buffers[at] if at >= 0 else None

@@ -151,6 +151,7 @@ class Operands:
             self.storage.append(held)
 
     def constant(self, value: Any) -> str:
+        """A name in the code for a value."""
         key = (type(value).__name__, np.asarray(value).tobytes())
         if key not in self.constants:
             name = f"K{len(self.constants)}"
@@ -202,6 +203,7 @@ class Operands:
         raise PtxError(f"operand {operand} in {self.ins.text}")
 
     def address(self, operand: Any) -> str:
+        """Expression for an address."""
         base = operand.base
         if isinstance(base, Reg):
             text = self.src(base, f"u{SIZE[self.storage[self.slots[base]]]}")
@@ -242,16 +244,20 @@ class Operands:
             self.emit(f"R[{slot}] = ({text}).copy()")
 
     def emit(self, line: str) -> None:
+        """Adds a line to the function."""
         self.lines.append("    " + line)
 
     def array(self, operand: Operand, dtype: str) -> str:
+        """As ``src``, but always an array of lanes."""
         text = self.src(operand, dtype)
         return text if isinstance(operand, Reg) else f"full(S.n, {text}, {dtype})"
 
     def constant_object(self, ins: Instruction) -> str:
+        """A name in the code for an instruction, which reports show."""
         name = f"I{ins.index}"
         self.namespace[name] = ins
         return name
 
     def unsupported(self) -> None:
+        """The function raises where it comes to this instruction, and not before."""
         self.emit(f"raise NotImplementedError({f'{self.ins.text} ({self.ins.location})'!r})")

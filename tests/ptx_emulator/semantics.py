@@ -50,10 +50,12 @@ def fma64(a: Any, b: Any, c: Any) -> Any:
 
 
 def fma16(a: Any, b: Any, c: Any) -> Any:
+    """a b + c in half precision, rounded once."""
     return (a.astype(f8) * b.astype(f8) + c.astype(f8)).astype(f2)
 
 
 def from_bf16(x: Any) -> Any:
+    """Bits of bfloat16 -> float32."""
     return (x.astype(u4) << 16).view(f4)
 
 
@@ -83,6 +85,7 @@ def to_tf32(x: Any) -> Any:
 
 
 def fmin(a: Any, b: Any) -> Any:
+    """The smaller; a number where the other is NaN."""
     out = np.fmin(a, b)
     zero = out == 0
     if zero.any():  # -0 < +0
@@ -92,6 +95,7 @@ def fmin(a: Any, b: Any) -> Any:
 
 
 def fmax(a: Any, b: Any) -> Any:
+    """The larger; a number where the other is NaN."""
     out = np.fmax(a, b)
     zero = out == 0
     if zero.any():
@@ -101,10 +105,12 @@ def fmax(a: Any, b: Any) -> Any:
 
 
 def fmin_nan(a: Any, b: Any) -> Any:
+    """The smaller; NaN where either is."""
     return where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), fmin(a, b))
 
 
 def fmax_nan(a: Any, b: Any) -> Any:
+    """The larger; NaN where either is."""
     return where(np.isnan(a) | np.isnan(b), a.dtype.type(np.nan), fmax(a, b))
 
 
@@ -122,12 +128,14 @@ def div_int(a: Any, b: Any) -> Any:
 
 
 def rem_int(a: Any, b: Any) -> Any:
+    """The rest of ``div_int``; a where b is 0."""
     zero = b == 0
     safe = where(zero, a.dtype.type(1), b)
     return where(zero, a, a - div_int(a, safe) * safe)
 
 
 def mul_hi(a: Any, b: Any) -> Any:
+    """The upper half of the product."""
     kind = a.dtype
     if kind.itemsize <= 4:
         wide = np.dtype(f"{kind.kind}8")
@@ -165,6 +173,7 @@ def to_int(x: Any, kind: Any, mode: str) -> Any:
 
 
 def round_to_integral(x: Any, mode: str) -> Any:
+    """To an integer, as a float."""
     kind = x.dtype
     done = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[mode](x)
     return done.astype(kind)
@@ -206,10 +215,12 @@ POPCOUNT = np.array([bin(i).count("1") for i in range(256)], u4)
 
 
 def popc(x: Any) -> Any:
+    """Bits set."""
     return POPCOUNT[x.view(u1).reshape(len(x), -1)].sum(1, dtype=u4)
 
 
 def clz(x: Any) -> Any:
+    """Zeros before the first bit set."""
     bits = 8 * x.dtype.itemsize
     out = np.full(len(x), bits, u4)
     for bit in range(bits):
@@ -218,6 +229,7 @@ def clz(x: Any) -> Any:
 
 
 def bfind(x: Any, signed: bool, shiftamt: bool) -> Any:
+    """Position of the first bit that is no sign; all ones where there is none."""
     if signed:
         x = where(x.view(f"i{x.dtype.itemsize}") < 0, ~x, x)
     lead = clz(x)
@@ -227,6 +239,7 @@ def bfind(x: Any, signed: bool, shiftamt: bool) -> Any:
 
 
 def brev(x: Any) -> Any:
+    """Bits in the opposite order."""
     kind = x.dtype.type
     out = np.zeros_like(x)
     bits = 8 * x.dtype.itemsize
@@ -254,6 +267,7 @@ def bfe(x: Any, start: Any, length: Any) -> Any:
 
 
 def bfi(a: Any, b: Any, start: Any, length: Any) -> Any:
+    """b with ``length`` bits of a in it, from ``start`` on."""
     bits = 8 * b.dtype.itemsize
     start = np.broadcast_to(np.asarray(start, i8) & 255, b.shape)
     length = np.minimum(np.broadcast_to(np.asarray(length, i8) & 255, b.shape), bits)
@@ -278,6 +292,7 @@ def prmt(a: Any, b: Any, selector: Any) -> Any:
 
 
 def lop3(a: Any, b: Any, c: Any, table: int) -> Any:
+    """Any function of three bits, by its table of eight."""
     out = np.zeros(np.broadcast(a, b, c).shape, u4)
     for k in range(8):
         if table >> k & 1:
@@ -296,6 +311,7 @@ def funnel(a: Any, b: Any, amount: Any, left: bool, clamp: bool) -> Any:
 
 
 def combine(low: Any, high: Any) -> Any:
+    """A 64-bit word from two of 32."""
     return low.astype(u8) | (high.astype(u8) << u8(32))
 
 

@@ -66,6 +66,7 @@ class Shadow:
         return out
 
     def refine(self, granule: int) -> None:
+        """Goes over to smaller granules, which inherit what is known."""
         times = self.granule // granule
         self.atomic = np.repeat(self.atomic, times)
         self.slots = {k: tuple(np.repeat(a, times) for a in v) for k, v in self.slots.items()}
@@ -88,6 +89,7 @@ class Shadow:
         return other & free, who
 
     def record(self, slot: str, at: Array, clock: Clock, lanes: Array) -> None:
+        """Writes down an access of lanes."""
         who, cta_clock, warp_clock, met = self.slots[slot]
         who[at] = clock.gid[lanes]
         met[at] = clock.met[lanes]

@@ -91,6 +91,7 @@ class Arithmetic(Operands):
             self.arithmetic(ins, "{a} * {b}", "{a} * {b}")
 
     def wide(self, kind: str, a: Operand, b: Operand) -> str:
+        """A product of twice the width."""
         dtype = DTYPES[kind]
         twice = f"{dtype[0]}{2 * SIZE[dtype]}"
         return f"{self.src(a, dtype)}.astype({twice}) * {self.src(b, dtype)}.astype({twice})"
@@ -143,6 +144,7 @@ class Arithmetic(Operands):
         self.unary(ins, "-{a}", "-{a}")
 
     def unary(self, ins: Instruction, integer: str, single: str) -> None:
+        """One operand: expressions for integers and for floats."""
         target, a = ins.operands
         kind = ins.op[-1]
         if kind[0] in "us":
@@ -167,6 +169,7 @@ class Arithmetic(Operands):
         self.extreme(ins, "max")
 
     def extreme(self, ins: Instruction, which: str) -> None:
+        """Minimum or maximum of two or three."""
         target, *sources = ins.operands
         kind = ins.op[-1]
         if kind[0] in "us":
@@ -201,6 +204,7 @@ class Arithmetic(Operands):
         self.put(target, test.format(a=self.src(a, dtype)), "b1")
 
     def special_function(self, ins: Instruction, function: str) -> None:
+        """A function that numpy or ``semantics`` knows by this name."""
         target, a = ins.operands
         kind = ins.op[-1]
         if kind == "f32":

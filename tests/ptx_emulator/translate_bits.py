@@ -81,6 +81,7 @@ class Bits(Operands):
         self.put(target, f"prmt({a}, {b}, {c})", "u4")
 
     def bitwise(self, ins: Instruction, text: str) -> None:
+        """An expression of {a} and {b}."""
         target, *sources = ins.operands
         dtype = DTYPES[ins.op[-1]]
         values = {n: self.src(s, dtype) for n, s in zip("ab", sources, strict=False)}

@@ -41,6 +41,7 @@ class Conversions(Operands):
     """Instructions that compare or convert numbers."""
 
     def compare(self, ins: Instruction, name: str, kind: str, a: Any, b: Any) -> str:
+        """Expression for a comparison, ordered or not."""
         if kind in ("f16", "bf16"):
             text: tuple[str, ...] = self.src(a, "u2"), self.src(b, "u2")
             if kind == "f16":

@@ -19,6 +19,7 @@ class MemoryInstructions(Operands):
     """Instructions that access memory."""
 
     def space(self, ins: Instruction) -> str:
+        """The state space that an instruction names, else generic."""
         for part in ins.op:
             name = part.split("::")[0]
             if name in ("global", "shared", "local", "param", "const"):
@@ -65,6 +66,7 @@ class MemoryInstructions(Operands):
         self.atomic(ins, None, ins.operands[0], ins.operands[1:])
 
     def atomic(self, ins: Instruction, target: Any, address: Any, sources: list[Any]) -> None:
+        """An atomic with or without result."""
         operation = next(
             (
                 p

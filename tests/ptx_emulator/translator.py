@@ -32,6 +32,7 @@ class Translator(Arithmetic, Bits, Conversions, MemoryInstructions, WarpInstruct
     """The functions of an entry's blocks, made when they are first wanted."""
 
     def function(self, index: int, masked: bool) -> BlockFunction:
+        """Makes the function of a block, and keeps it."""
         block = self.blocks[index]
         source = self.source(index, masked)
         scope: dict[str, BlockFunction] = {}
@@ -46,6 +47,7 @@ class Translator(Arithmetic, Bits, Conversions, MemoryInstructions, WarpInstruct
         return function
 
     def source(self, index: int, masked: bool) -> str:
+        """The text of that function."""
         block = self.blocks[index]
         self.lines = []
         self.masked = masked
@@ -76,6 +78,7 @@ class Translator(Arithmetic, Bits, Conversions, MemoryInstructions, WarpInstruct
         return "def block(R, S, m):\n" + "\n".join(self.lines) + "\n"
 
     def terminate(self, ins: Instruction, index: int) -> bool:
+        """A branch, or the end; whether the block ends here for sure."""
         if ins.op[0] == "trap":
             self.emit(f"S.found('trap', {self.name}, S.count(m), None)")
             target = -1

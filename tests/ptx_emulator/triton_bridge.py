@@ -89,6 +89,8 @@ class _Allocations(TorchDispatchMode):
 
 
 class Session:
+    """What several launches share: an architecture, memory, findings, kernels."""
+
     def __init__(
         self,
         arch: int,
@@ -117,6 +119,7 @@ class Session:
     # -- memory
 
     def note_empty(self, tensor: torch.Tensor) -> None:
+        """Nobody has written this tensor yet."""
         old = self.memory.by_base.get(tensor.untyped_storage().data_ptr())
         if old is not None:
             self.memory.remove(old)
@@ -124,6 +127,7 @@ class Session:
         buffer.allowed = np.zeros(buffer.nbytes, np.uint8)  # until a view is an argument
 
     def note_written(self, tensor: torch.Tensor) -> None:
+        """PyTorch has written this tensor."""
         buffer = self.memory.by_base.get(tensor.untyped_storage().data_ptr())
         if buffer is not None and buffer.defined is not None and tensor.numel():
             self._bytes(buffer.defined, tensor)[...] = 1

@@ -80,6 +80,7 @@ def unmasked_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 def check_sound(arch: int) -> None:
+    """Sound kernels give right values and no finding."""
     torch.manual_seed(0)
     x = torch.randn(5, 100)
     for num_warps in (1, 4):
@@ -125,6 +126,8 @@ def check_sound(arch: int) -> None:
 
 
 def check_faults() -> None:
+    """Each planted fault is found, and nothing else."""
+
     def kinds(launch: Callable[[], object]) -> set[str]:
         with emulate(90) as session:
             launch()

@@ -42,6 +42,7 @@ class Queue:
     # -- what stores and fences report
 
     def note_write(self, ins: Instruction, offsets: Array, width: int, lanes: Array) -> None:
+        """Remembers who wrote when; reports what is overwritten while it may be read."""
         words = offsets[:, None] // 4 + np.arange(max(1, width // 4))
         words = words.clip(0, len(self.writer) - 1)  # what lies outside is reported elsewhere
         self.step += 1
@@ -62,6 +63,7 @@ class Queue:
                 )
 
     def fence(self, mask: Array | None) -> None:
+        """fence.proxy.async: what lanes wrote so far is ordered before what wgmma reads."""
         self.step += 1
         if mask is None:
             self.fence_step[:] = self.step
@@ -69,9 +71,11 @@ class Queue:
             self.fence_step[mask] = self.step
 
     def commit(self, mask: Array | None) -> None:
+        """wgmma.commit_group."""
         self.groups.append([])
 
     def wait(self, mask: Array | None, count: int) -> None:
+        """wgmma.wait_group: older groups no longer read shared memory."""
         last = max(0, len(self.groups) - 1 - count)
         for group in self.groups[:last]:
             for index, (lanes, words) in enumerate(group):
