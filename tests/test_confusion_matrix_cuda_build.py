@@ -46,7 +46,7 @@ def test_emulated_kernels_are_exact_under_sanitizers(tmp_path: Path, sanitizer: 
     program = tmp_path / "emulation"
     source = ROOT / "tests" / "confusion_matrix_emulation.cpp"
     sanitizers = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    flags = ["-std=c++20", "-O1", "-pthread", *sanitizers, "-DFCNSEG_HOST_EMULATION"]
+    flags = ["-std=c++20", "-O0", "-pthread", *sanitizers, "-DFCNSEG_HOST_EMULATION"]
     includes = [f"-I{CUDA}", f"-I{ROOT / 'tests'}"]
     subprocess.run(["g++", *flags, *includes, str(source), "-o", str(program)], check=True)
     run = subprocess.run([program], capture_output=True, text=True)

@@ -6,50 +6,36 @@ is a fault, and so is a race within or between blocks.
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-import struct
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from tests.ptx_emulator import Kernel, Memory, Report
 from tests.ptx_emulator.case import ARCHS
+from tests.ptx_emulator.confusion_matrix import (
+    CUDA,
+    HEADER,
+    IGNORED,
+    LIBRARY,
+    PAIRS,
+    SAME,
+    STRATEGIES,
+    TYPES,
+    Pair,
+    compiled,
+    expected,
+    expression,
+    launch,
+    pixels_of,
+)
+from tests.ptx_emulator.count_confusion_matrix import instructions
+from tests.ptx_emulator.count_confusion_matrix import label_maps as label_maps_of_a_picture
 from tests.ptx_emulator.memory import Array
-from tests.ptx_emulator.nvrtc import Nvrtc, library
 
-CUDA = Path(__file__).parent.parent / "csrc" / "cuda"
-LIBRARY = library()
-TYPES = {"Label8": np.uint8, "Label16": np.int16, "Label32": np.int32, "Label64": np.int64}
-PAIRS = tuple(itertools.product(TYPES, TYPES))
-SAME = tuple((name, name) for name in TYPES)
-#: Threads of a block, and tables in its shared memory.
-STRATEGIES = {"count_replicated": (256, 8), "count_single": (1024, 1), "count_global": (256, 0)}
-IGNORED = 255
-EXTRA_BINS = 2  # of a table: ignored and invalid pixels
 #: Classes, pixels, pixels that the labels start past an aligned address, blocks, and how many
 #: vectors lie between a thread's steps (0: as many as threads).
 SHAPES = [(19, 3001, 0, 2, 9), (2, 700, 1, 1, 0), (19, 5, 3, 1, 1)]
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="needs nvidia-cuda-nvrtc-cu12")
-
-
-def expression(strategy: str, prediction: str, target: str) -> str:
-    return f"&fcnseg::{strategy}<fcnseg::{prediction}, fcnseg::{target}>"
-
-
-HEADER = "confusion_matrix_kernel.cuh"
-
-
-@functools.cache
-def compiled(
-    arch: int, pairs: tuple[tuple[str, str], ...] = SAME, source: str = f'#include "{HEADER}"\n'
-) -> tuple[str, dict[str, str]]:
-    assert LIBRARY is not None
-    names = [expression(strategy, *pair) for strategy in STRATEGIES for pair in pairs]
-    return Nvrtc(LIBRARY).compile(source, CUDA, arch, [*names, "&fcnseg::record_invalid"])
 
 
 def label_maps(classes: int, size: int, seed: int = 0) -> tuple[Array, Array]:
@@ -66,33 +52,10 @@ def label_maps(classes: int, size: int, seed: int = 0) -> tuple[Array, Array]:
     return prediction, target
 
 
-def expected(prediction: Array, target: Array, classes: int) -> tuple[Array, list[int]]:
-    """The matrix, and the counters: bad pixels, ignored ones, the first bad one (-1: none)."""
-    p, t = prediction.astype(np.int64), target.astype(np.int64)
-    kept = t != IGNORED
-    good = kept & (t >= 0) & (t < classes) & (p >= 0) & (p < classes)
-    matrix = np.bincount(t[good] * classes + p[good], minlength=classes**2)
-    bad = np.flatnonzero(kept & ~good)
-    counters = [len(bad), int((~kept).sum()), int(bad[0]) if len(bad) else -1]
-    return matrix.reshape(classes, classes), counters
-
-
-def pixels_of(
-    prediction: Array, target: Array, classes: int, threads: int = 1, columns: int = 0
-) -> bytes:
-    """The struct Pixels; columns and rows as launch_plan.h has them."""
-    pointers = prediction.ctypes.data, target.ctypes.data
-    narrow = min(prediction.itemsize, target.itemsize)
-    vectors = math.ceil(target.size / max(8, 16 // narrow))
-    columns = columns or threads
-    rows = math.ceil(math.ceil(vectors / columns) / (threads // columns))
-    return struct.pack("<QQqiiqq", *pointers, target.size, classes, columns, IGNORED, rows)
-
-
 def count(
     kernel: Kernel,
-    pair: tuple[str, str],
-    tables: int,
+    pair: Pair,
+    strategy: str,
     shape: tuple[int, int, int, int, int],
     schedule: str,
     every_counter: bool,
@@ -104,17 +67,10 @@ def count(
         labels.astype(TYPES[name])[shift:]
         for labels, name in zip(label_maps(classes, size + shift), pair, strict=True)
     )
-    memory = Memory()
-    matrix = np.ones((classes, classes), np.uint64)
-    counters = np.zeros(3, np.uint64)
-    for name, array in (("prediction", prediction), ("target", target), ("counters", counters)):
-        memory.add_array(array, name)
-    at = counters.ctypes.data
-    pointers = struct.pack("<QQQ", at, *((at + 8, at + 16) if every_counter else (0, 0)))
-    kernel.shared_bytes = 4 * tables * (classes**2 + EXTRA_BINS)
-    pixels = pixels_of(prediction, target, classes, kernel.threads * blocks, columns)
-    arguments = [pixels, matrix, pointers]
-    kernel.launch((blocks,), arguments, memory, report, schedule=schedule)
+    matrix, counters = launch(
+        kernel, strategy, (prediction, target), classes, report, blocks=blocks, columns=columns,
+        schedule=schedule, every_counter=every_counter,
+    )  # fmt: skip
     wanted, found = expected(prediction, target, classes)
     case = (pair, shape, schedule)
     np.testing.assert_array_equal(matrix, wanted + 1, err_msg=str(case))
@@ -134,16 +90,15 @@ def count(
         *(pytest.param(arch, PAIRS, marks=pytest.mark.slow) for arch in (70, 80)),
     ],
 )
-def test_counts(arch: int, pairs: tuple[tuple[str, str], ...], strategy: str) -> None:
+def test_counts(arch: int, pairs: tuple[Pair, ...], strategy: str) -> None:
     """Pairs of label types, aligned or not, with all counters and with the count alone."""
     ptx, names = compiled(arch, pairs)
-    threads, tables = STRATEGIES[strategy]
     report = Report()
     for pair in pairs:
-        kernel = Kernel(ptx, names[expression(strategy, *pair)], threads=threads)
+        kernel = Kernel(ptx, names[expression(strategy, *pair)], threads=STRATEGIES[strategy][0])
         for shape in SHAPES:
-            count(kernel, pair, tables, shape, "lockstep", True, report)
-            count(kernel, pair, tables, shape, "backward", False, report)
+            count(kernel, pair, strategy, shape, "lockstep", True, report)
+            count(kernel, pair, strategy, shape, "backward", False, report)
     assert report.ok, report
 
 
@@ -158,7 +113,7 @@ def test_a_missing_barrier_is_found(barrier: int) -> None:
     ptx, names = compiled(90, SAME, source)
     kernel = Kernel(ptx, names[expression("count_replicated", "Label8", "Label8")], threads=256)
     report = Report()
-    count(kernel, ("Label8", "Label8"), 8, SHAPES[0], "lockstep", True, report)
+    count(kernel, ("Label8", "Label8"), "count_replicated", SHAPES[0], "lockstep", True, report)
     assert any("shared race" in fault.kind for fault in report.faults()), report
 
 
@@ -187,3 +142,13 @@ def test_record_of_the_first_bad_label(arch: int) -> None:
     record[:] = 0
     assert add(1, 20) == [1, 77, 1, 0, 0]  # the prediction is bad there, the target is not
     assert report.ok, report
+
+
+@pytest.mark.parametrize(("label", "most"), [("Label8", 12), ("Label16", 16), ("Label64", 22)])
+def test_instructions_of_a_pixel(label: str, most: float) -> None:
+    """Pixel by pixel, without the packing of labels, it would be 26 to 28."""
+    pair = (label, label)
+    ptx, names = compiled(90)
+    kernel = Kernel(ptx, names[expression("count_replicated", *pair)], threads=256)
+    maps = label_maps_of_a_picture("runs", 19, pair)
+    assert instructions(kernel, "count_replicated", maps, 19) < most
