@@ -1,7 +1,7 @@
 """make gpu: what a CUDA machine can show, without a network, in minutes that are counted.
 
     python benchmarks/gpu.py [check] [measure] [train] [sanitize] [--device cuda|cpu] [--quick]
-                             [--parts PART ...]
+                             [--parts PART ...] [--slack TIMES]
 
 with the Python that sees the GPU. Stages, each under six minutes on 16 cores, train under nine; the
 default is the first two:
@@ -17,11 +17,13 @@ default is the first two:
 
 A part runs in processes of its own under a deadline of its own: at it SIGINT, ten seconds later
 SIGKILL to the whole process group. No part can take the time of another, and one that fails does
-not stop the others; but nothing follows a build that fails even without CUDA C++. Written as they
-come, into $OUT (else benchmarks/results): STAGE.log with all output, STAGE_summary.txt, and by the
-parts smoke_*.json, gpu_*.json, profile_*.json, ncu.log, training_*.json and curves_*.json. The exit
-status is 1 if a part failed.
---device cpu --quick runs the same code on tiny problems without a GPU, as a test does.
+not stop the others; but nothing follows a build that fails even without CUDA C++. With fewer cores,
+--slack 2 makes the deadlines twice as long.
+
+Written as they come, into $OUT (else benchmarks/results): STAGE.log with all output,
+STAGE_summary.txt, and by the parts smoke_*.json, gpu_*.json, profile_*.json, ncu.log,
+training_*.json and curves_*.json. The exit status is 1 if a part failed. --device cpu --quick runs
+the same code on tiny problems without a GPU, as a test does.
 
 The Python needs torch, Triton, NumPy, pytest, and for the build pybind11, wheel and setuptools >=
 77; a tool or a plugin that is missing is named. A copy without .git takes its commit from
@@ -238,26 +240,27 @@ def sanitizer_part(options: argparse.Namespace, seconds: float) -> Part:
 
 def parts(options: argparse.Namespace, folder: Path) -> dict[str, list[Part]]:
     """The parts of every stage, in order."""
+    slack = options.slack
     profile = [sys.executable, str(HERE / "kernel_profile.py"), *target(options)]
     return {
         "check": [
-            build_part(options, 60),
-            tests_part(options, 170),
-            suite_part("smoke", "smoke", options, 65),
+            build_part(options, slack * 60),
+            tests_part(options, slack * 170),
+            suite_part("smoke", "smoke", options, slack * 65),
         ],
         "measure": [
-            build_part(options, 55),
-            suite_part("rehearse", "rehearse", options, 42),
-            suite_part("benchmarks", "gpu", options, 125),
-            Part("profile", 22, profile),
-            ncu_part(options, folder, 30),
+            build_part(options, slack * 55),
+            suite_part("rehearse", "rehearse", options, slack * 42),
+            suite_part("benchmarks", "gpu", options, slack * 125),
+            Part("profile", slack * 22, profile),
+            ncu_part(options, folder, slack * 30),
         ],
         "train": [
-            build_part(options, 55),
-            jobs_part("training", "bench_training_step.py", options, 340),
-            jobs_part("curves", "bench_training_curves.py", options, 75),
+            build_part(options, slack * 55),
+            jobs_part("training", "bench_training_step.py", options, slack * 340),
+            jobs_part("curves", "bench_training_curves.py", options, slack * 75),
         ],
-        "sanitize": [build_part(options, 60), sanitizer_part(options, 240)],
+        "sanitize": [build_part(options, slack * 60), sanitizer_part(options, slack * 240)],
     }
 
 
@@ -358,6 +361,7 @@ def main(arguments: Sequence[str] | None = None, table: Table = parts) -> int:
     parser.add_argument("--parts", nargs="+", metavar="PART", help="of the stages: only these")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny problems: a test of the code")
+    parser.add_argument("--slack", type=float, default=1.0, help="times the deadlines: fewer cores")
     options = parser.parse_args(arguments)
     if unknown := set(options.stages) - set(STAGES):
         parser.error(f"no stage {min(unknown)!r}; choose from {', '.join(STAGES)}")
