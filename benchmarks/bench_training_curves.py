@@ -97,7 +97,7 @@ def train(
     torch.manual_seed(seed)
     with torch.device(device()):
         model = TinyNetwork(CLASSES) if tiny else fcn_resnet18(CLASSES, output_stride=8)
-    model.train()
+    model.train().to(memory_format=torch.channels_last)  # as the images are
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4, fused=True
     )

@@ -153,8 +153,8 @@ PROBLEMS = [
 ]
 COMPILED = "+ compiled trunk"
 EAGER = [name for name in CONFIGURATIONS if name != COMPILED]
-#: Whose largest batches are compared.
-FITTED = ["eager AMP", "+ fused loss"]
+#: Whose largest batches are compared; the third tells what channels_last has of the difference.
+FITTED = ["eager AMP", "+ fused loss", "AMP channels_last"]
 # Seconds: a job is ended after the first, not begun with less than the second.
 LIMITS = {"measure": (75.0, 12.0), "compiled": (150.0, 60.0), "largest": (75.0, 25.0)}
 
@@ -175,13 +175,15 @@ def plan(args: argparse.Namespace) -> list[Job]:
         Job(HEADER, {"command": command}, *LIMITS["measure"], _group(two)),
         *_measured(args, two, EAGER),
         *_measured(args, sixteen, EAGER),
-        *_fitted(args, two),
+        *_fitted(args, two, FITTED[:2]),
         *_measured(args, many, EAGER),
-        *_fitted(args, many),
+        *_fitted(args, many, FITTED[:2]),
         *_measured(args, two, [COMPILED]),
         *_measured(args, fewer, EAGER),
         *_measured(args, eight, EAGER),
         *_measured(args, sixteen, [COMPILED]),
+        *_fitted(args, two, FITTED[2:]),
+        *_fitted(args, many, FITTED[2:]),
         *_measured(args, many, [COMPILED]),
         *_measured(args, fewer, [COMPILED]),
         *_measured(args, eight, [COMPILED]),
@@ -220,9 +222,9 @@ def _measured(args: argparse.Namespace, problem: Problem, names: Sequence[str]) 
     return jobs
 
 
-def _fitted(args: argparse.Namespace, problem: Problem) -> list[Job]:
+def _fitted(args: argparse.Namespace, problem: Problem, names: Sequence[str]) -> list[Job]:
     jobs = []
-    for name in FITTED:
+    for name in names:
         arguments = {
             "kind": "largest",
             "configuration": name,

@@ -72,6 +72,8 @@ def _serve(function: str, plan: str, out: str) -> int:
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     module, _, name = function.partition(":")
     content = json.loads(Path(plan).read_text())
+    if os.getppid() != content["parent"]:  # it was killed meanwhile
+        return 0
     end = time.monotonic() + content["seconds"]
     call = getattr(importlib.import_module(module), name)
     outcomes: list[dict[str, Any]] = []
@@ -213,7 +215,7 @@ def run_jobs(
                 {"name": job.name, "least": job.least, "arguments": dict(arguments(job))}
                 for job in group
             ]
-            write(plan, {"seconds": left, "jobs": calls})
+            write(plan, {"parent": os.getpid(), "seconds": left, "jobs": calls})
             watch = _Watch(out, group, keep)
             reason = processes.run(
                 [sys.executable, "-c", _CODE, function, str(plan), str(out)],
