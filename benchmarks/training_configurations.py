@@ -9,9 +9,10 @@ equal losses.
    it. AMP is autocast to bfloat16, or to float16 with a GradScaler.
 2. Checks, before anything is timed. The fused loss and its gradient against PyTorch's in float32 on
    the network's own logits: :data:`LOSS_TOLERANCE`, :data:`GRADIENT_TOLERANCE`. The losses of the
-   first steps against those of the configuration before: :data:`FIRST_TOLERANCE` for the first,
-   which sees equal weights; :data:`LATER_TOLERANCE` for the others, in which rounding has grown.
-   And the last two losses differ: those of a graph that leaves the weights alone are equal.
+   first steps with it against those of the last configuration with PyTorch's:
+   :data:`FIRST_TOLERANCE` for the first, which sees equal weights; :data:`LATER_TOLERANCE` for the
+   others, in which rounding has grown. And the last two losses differ: those of a graph that leaves
+   the weights alone are equal.
 3. Time. Events between steps that follow each other without waiting for the device, as in training;
    the median.
 4. Memory. Peak of the allocator in steps after the first ones, whose search for convolution
@@ -310,8 +311,8 @@ def measure(
 ) -> dict[str, Any]:
     """Time and memory of a step, some ``seconds`` of steps.
 
-    ``expected`` are the losses of the first steps to agree with; None: those of the last
-    configuration with PyTorch's loss that this process has measured on the same problem.
+    ``expected`` are the losses of the first steps with PyTorch's loss, with which those of the fused
+    loss must agree; None: those of the last configuration that this process has measured with it.
     """
     switches(tf32=tf32, search=True)
     reset_peak()  # of what the configuration before has left
@@ -329,11 +330,10 @@ def measure(
     if losses[-1] == losses[-2] and run.autocast != torch.float16:  # whose scaler may skip steps
         raise ValueError(f"the last two losses are both {losses[-1]!r}: the step learns nothing")
     problem = (classes, *size, batch)
-    expected = _courses.get(problem) if expected is None else expected
-    if expected is not None:
-        check_course(losses, expected)
     if not run.fused:
         _courses[problem] = losses
+    elif (course := expected or _courses.get(problem)) is not None:
+        check_course(losses, course)
     (once,) = step_seconds(lambda: run(x, target), 1)
     statistic = statistics(step_seconds(lambda: run(x, target), steps_for(seconds, once)))
     return found | {

@@ -348,7 +348,7 @@ def test_every_configuration_is_measured_or_says_why_not(numerics: None) -> None
 def test_nothing_is_timed_before_it_agrees(numerics: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configurations, "step_seconds", lambda *_: pytest.fail("was timed"))
     with pytest.raises(ValueError, match=r"the loss of step 1 is .* farther apart than 2%"):
-        measured("eager AMP", expected=[2.5] * configurations.CHECKED_STEPS)
+        measured("+ fused loss", expected=[2.5] * configurations.CHECKED_STEPS)
     right = configurations.fused_loss
     monkeypatch.setattr(configurations, "fused_loss", lambda z, y: 1.001 * right(z, y))
     with pytest.raises(ValueError, match=r"the fused loss is 1\.0e-03 from eager's"):
