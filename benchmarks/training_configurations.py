@@ -311,8 +311,9 @@ def measure(
 ) -> dict[str, Any]:
     """Time and memory of a step, some ``seconds`` of steps.
 
-    ``expected`` are the losses of the first steps with PyTorch's loss, with which those of the fused
-    loss must agree; None: those of the last configuration that this process has measured with it.
+    ``expected`` are the losses of the first steps with PyTorch's loss, with which those of the
+    fused loss must agree; None: those of the last configuration that this process has measured
+    with it.
     """
     switches(tf32=tf32, search=True)
     reset_peak()  # of what the configuration before has left
