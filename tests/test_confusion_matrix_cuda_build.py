@@ -14,6 +14,7 @@ import fcnseg
 
 ROOT = Path(__file__).parent.parent
 CUDA = ROOT / "csrc" / "cuda"
+TESTS = ROOT / "tests"
 LABELS = ("Label8", "Label16", "Label32", "Label64")
 #: Kernels, and the registers of a thread that leave a multiprocessor full enough.
 ENTRIES = {"count_replicated": 64, "count_single": 64, "count_global": 80, "record_invalid": 64}
@@ -41,14 +42,23 @@ def _ceiling(mangled: str) -> int:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_emulated_kernels_are_exact_under_sanitizers(tmp_path: Path, sanitizer: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "sanitizer"),
+    [
+        ("confusion_matrix_emulation.cpp", "address,undefined"),
+        ("confusion_matrix_emulation.cpp", "thread"),
+        ("confusion_matrix_launch.cpp", "address,undefined"),
+    ],
+)
+def test_emulated_kernels_are_exact_under_sanitizers(
+    tmp_path: Path, source: str, sanitizer: str
+) -> None:
     program = tmp_path / "emulation"
-    source = ROOT / "tests" / "confusion_matrix_emulation.cpp"
     sanitizers = [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     flags = ["-std=c++20", "-O0", "-pthread", *sanitizers, "-DFCNSEG_HOST_EMULATION"]
-    includes = [f"-I{CUDA}", f"-I{ROOT / 'tests'}"]
-    subprocess.run(["g++", *flags, *includes, str(source), "-o", str(program)], check=True)
+    includes = [f"-I{path}" for path in (CUDA, TESTS, TESTS / "cuda_runtime_stub")]
+    command = ["g++", *flags, *includes, str(TESTS / source), "-o", str(program)]
+    subprocess.run(command, check=True)
     run = subprocess.run([program], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 

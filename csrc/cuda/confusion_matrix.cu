@@ -70,6 +70,17 @@ cudaError_t prepare(const void* kernel, int threads, int64_t shared, int device,
   return error;
 }
 
+// kernel<<<blocks, threads, shared, stream>>>(arguments...) as a call, so that the launcher is
+// plain C++ and tested without a GPU.
+template <typename... Parameters>
+cudaError_t start(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared,
+                  cudaStream_t stream, Parameters... arguments) {
+  void* addresses[] = {&arguments...};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
+                          dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                          addresses, static_cast<size_t>(shared), stream);
+}
+
 // What to count, where, and on which device and stream.
 struct Call {
   Pixels pixels;
@@ -80,9 +91,8 @@ struct Call {
   cudaStream_t stream;
 };
 
-template <typename Kernel>
-cudaError_t launch(Kernel kernel, int threads, int pixels_per_vector, int64_t shared,
-                   const Device& device, const Call& call) {
+cudaError_t launch(void (*kernel)(Pixels, uint64*, Counters), int threads, int pixels_per_vector,
+                   int64_t shared, const Device& device, const Call& call) {
   int resident = 0;
   const cudaError_t error =
       prepare(reinterpret_cast<const void*>(kernel), threads, shared, call.device, resident);
@@ -92,9 +102,8 @@ cudaError_t launch(Kernel kernel, int threads, int pixels_per_vector, int64_t sh
   Pixels pixels = call.pixels;
   pixels.columns = plan.columns;
   pixels.rows = plan.rows;
-  kernel<<<static_cast<unsigned>(plan.blocks), threads, shared, call.stream>>>(pixels, call.matrix,
-                                                                               call.counters);
-  return cudaGetLastError();
+  return start(kernel, plan.blocks, threads, shared, call.stream, pixels, call.matrix,
+               call.counters);
 }
 
 template <typename Prediction, typename Target>
@@ -131,6 +140,12 @@ cudaError_t with_label(LabelType type, const Visitor& visit) {
   }
 }
 
+// An error is the caller's now: PyTorch's next check must not find it again.
+int taken(cudaError_t error) {
+  if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+  return error;
+}
+
 int bytes(LabelType type) { return 1 << static_cast<int>(type); }
 
 }  // namespace
@@ -151,10 +166,10 @@ int launch_confusion_matrix(LabelMap prediction, LabelMap target, int64_t size, 
   call.counters = {base, detailed ? base + 1 : nullptr, detailed ? base + 2 : nullptr};
   call.device = device;
   call.stream = static_cast<cudaStream_t>(stream);
-  return with_label(prediction.type, [&](auto predicted) {
+  return taken(with_label(prediction.type, [&](auto predicted) {
     return with_label(
         target.type, [&](auto truth) { return count<decltype(predicted), decltype(truth)>(call); });
-  });
+  }));
 }
 
 int launch_record_invalid(LabelMap prediction, LabelMap target, int64_t size, int num_classes,
@@ -165,10 +180,9 @@ int launch_record_invalid(LabelMap prediction, LabelMap target, int64_t size, in
   pixels.prediction = prediction.data;
   pixels.target = target.data;
   pixels.num_classes = num_classes;
-  record_invalid<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(
-      pixels, bytes(prediction.type), bytes(target.type), height, width,
-      reinterpret_cast<const uint64*>(counters), reinterpret_cast<uint64*>(record));
-  return cudaGetLastError();
+  return taken(start(record_invalid, 1, 1, 0, static_cast<cudaStream_t>(stream), pixels,
+                     bytes(prediction.type), bytes(target.type), int64{height}, int64{width},
+                     reinterpret_cast<const uint64*>(counters), reinterpret_cast<uint64*>(record)));
 }
 
 const char* cuda_error_string(int error) {
