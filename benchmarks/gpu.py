@@ -16,9 +16,10 @@ default is the first two:
     sanitize   build; compute-sanitizer over the kernels
 
 A part runs in processes of its own under a deadline of its own: at it SIGINT, ten seconds later
-SIGKILL to the whole process group. No part can take the time of another, and one that fails does
-not stop the others; but nothing follows a build that fails even without CUDA C++. With fewer cores,
---slack 2 makes the deadlines twice as long.
+SIGKILL to the whole process group. No part can take the time of another; what parts leave over goes
+to the tests, the benchmarks and the training. A part that fails does not stop the others, but
+nothing follows a build that fails even without CUDA C++. With fewer cores, --slack 2 makes the
+deadlines twice as long.
 
 Written as they come, into $OUT (else benchmarks/results): STAGE.log with all output,
 STAGE_summary.txt, and by the parts smoke_*.json, gpu_*.json, profile_*.json, ncu.log,
@@ -33,6 +34,7 @@ FCNSEG_COMMIT. This file needs the standard library alone: it runs before fcnseg
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -54,7 +56,7 @@ from processes import HERE, ROOT
 
 STAGE_LIMIT = 355.0  # seconds of a stage, whatever its parts do
 TRAIN_LIMIT = 535.0  # of the stage "train"
-PROBE_LIMIT = 20.0
+PROBE_LIMIT = 45.0  # torch may be read from a cold disk
 STAGES = ("check", "measure", "train", "sanitize")
 SANITIZER = ROOT / "tests" / "sanitize_gpu.sh"
 TEST_PROCESSES = 12
@@ -82,7 +84,11 @@ with open(sys.argv[1], "w") as file:
 
 @dataclass(frozen=True)
 class Part:
-    """A command and its deadline, or why it is skipped. ``note``: what it has to do without."""
+    """A command and its deadline, or why it is skipped. ``note``: what it has to do without.
+
+    The seconds are its own. A part that ``stretches`` also gets what the parts before it have left
+    over. ``told``: an option by which the command is told its seconds, less some to end itself.
+    """
 
     name: str
     seconds: float
@@ -90,6 +96,8 @@ class Part:
     skip: str = ""
     note: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
+    stretches: bool = False
+    told: tuple[str, float] | None = None
     #: Tried where the command fails, in what is left of its seconds.
     otherwise: Part | None = None
     #: Called where the command passes.
@@ -187,7 +195,7 @@ def tests_part(options: argparse.Namespace, seconds: float) -> Part:
     else:
         notes.append("without pytest-timeout: a test that hangs stops the others of its process")
     return Part(
-        "tests", seconds, [*command, *gpu_tests()], note="; ".join(notes),
+        "tests", seconds, [*command, *gpu_tests()], note="; ".join(notes), stretches=True,
         # the processes share the cores
         environment={"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
     )  # fmt: skip
@@ -196,13 +204,13 @@ def tests_part(options: argparse.Namespace, seconds: float) -> Part:
 def suite_part(name: str, which: str, options: argparse.Namespace, seconds: float) -> Part:
     """A set of suite.py, which is told to end itself before its deadline."""
     command = [sys.executable, str(HERE / "suite.py"), which, *target(options)]
-    return Part(name, seconds, [*command, "--timeout", f"{seconds - 6:.0f}"])
+    return Part(name, seconds, command, stretches=which == "gpu", told=("--timeout", 6.0))
 
 
 def jobs_part(name: str, script: str, options: argparse.Namespace, seconds: float) -> Part:
     """A benchmark that is a list of jobs, told to end itself before its deadline."""
     command = [sys.executable, str(HERE / script), *target(options)]
-    return Part(name, seconds, [*command, "--seconds", f"{seconds - 8:.0f}"])
+    return Part(name, seconds, command, stretches=name == "training", told=("--seconds", 8.0))
 
 
 def target(options: argparse.Namespace) -> list[str]:
@@ -235,7 +243,8 @@ def sanitizer_part(options: argparse.Namespace, seconds: float) -> Part:
         skip = "compute-sanitizer is neither on the PATH nor in CUDA_HOME"
     elif bash is None:
         skip = "it needs bash"
-    return Part("sanitizer", seconds, [bash or "", str(SANITIZER)], skip=skip)
+    command = [bash or "", str(SANITIZER)]
+    return Part("sanitizer", seconds, command, skip=skip, stretches=True)
 
 
 def parts(options: argparse.Namespace, folder: Path) -> dict[str, list[Part]]:
@@ -245,22 +254,22 @@ def parts(options: argparse.Namespace, folder: Path) -> dict[str, list[Part]]:
     return {
         "check": [
             build_part(options, slack * 60),
-            tests_part(options, slack * 170),
-            suite_part("smoke", "smoke", options, slack * 65),
+            tests_part(options, slack * 155),
+            suite_part("smoke", "smoke", options, slack * 60),
         ],
         "measure": [
             build_part(options, slack * 55),
             suite_part("rehearse", "rehearse", options, slack * 42),
-            suite_part("benchmarks", "gpu", options, slack * 125),
+            suite_part("benchmarks", "gpu", options, slack * 100),
             Part("profile", slack * 22, profile),
             ncu_part(options, folder, slack * 30),
         ],
         "train": [
             build_part(options, slack * 55),
-            jobs_part("training", "bench_training_step.py", options, slack * 340),
+            jobs_part("training", "bench_training_step.py", options, slack * 315),
             jobs_part("curves", "bench_training_curves.py", options, slack * 75),
         ],
-        "sanitize": [build_part(options, slack * 60), sanitizer_part(options, slack * 240)],
+        "sanitize": [build_part(options, slack * 60), sanitizer_part(options, slack * 220)],
     }
 
 
@@ -270,8 +279,12 @@ def parts(options: argparse.Namespace, folder: Path) -> dict[str, list[Part]]:
 class Stage:
     """Runs parts one after the other, and keeps the log and the summary up to date."""
 
-    def __init__(self, name: str, about: str, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, about: str, folder: Path, environment: Mapping[str, str], end: float
+    ) -> None:
+        """``end``: of the stage, on the monotonic clock."""
         self.name, self.about, self.folder, self.environment = name, about, folder, environment
+        self.end = end
         self.log, self.summary = folder / f"{name}.log", folder / f"{name}_summary.txt"
         self.outcomes: dict[str, str] = {}
         self.built = True  # or there is nothing to build
@@ -310,9 +323,22 @@ class Stage:
     def write_summary(self) -> None:
         lines = [f"make gpu-{self.name}: {self.about}"]
         lines += [f"{part}: {outcome}" for part, outcome in self.outcomes.items()]
-        self.summary.write_text("\n".join([*lines, "", *self.figures()]) + "\n")
+        try:
+            figures = self.figures()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            figures = [f"The figures cannot be read: {type(error).__name__}: {error}"]
+        processes.write_at_once(self.summary, "\n".join([*lines, "", *figures]) + "\n")
 
-    def run(self, part: Part) -> None:
+    def run_all(self, parts: Sequence[Part]) -> None:
+        for i, part in enumerate(parts):
+            seconds = part.seconds
+            if part.stretches:
+                later = sum(each.longest() for each in parts[i + 1 :])
+                ending = processes.GRACE + processes.STUCK
+                seconds = max(seconds, self.end - time.monotonic() - later - ending)
+            self.run(part, seconds)
+
+    def run(self, part: Part, seconds: float) -> None:
         skip = part.skip or ("" if self.built else "the build failed")
         if skip:
             self.note(part.name, f"skipped: {skip}")
@@ -320,7 +346,7 @@ class Stage:
             return
         self.note(part.name, f"running since {datetime.datetime.now():%H:%M:%S}")
         start = time.monotonic()
-        reason = self.call(part, part.seconds)
+        reason = self.call(part, seconds)
         outcome, works = f"FAILED: {reason}", reason is None
         if works:
             outcome = f"passed in {time.monotonic() - start:.0f} s"
@@ -329,7 +355,7 @@ class Stage:
         elif part.name == "ncu":  # often for root alone
             outcome = f"skipped: {reason} (may this user read performance counters?)"
         elif part.otherwise is not None:
-            left = part.seconds - (time.monotonic() - start)
+            left = seconds - (time.monotonic() - start)
             works = left > 0 and self.call(part.otherwise, left) is None
             outcome += f"; {part.otherwise.name}: {'passed' if works else 'failed too'}"
         self.built = works or part.name != "build"
@@ -337,17 +363,22 @@ class Stage:
         self.say(f"--- {part.name}: {self.outcomes[part.name]}")
 
     def call(self, part: Part, seconds: float) -> str | None:
-        self.say(f"\n=== {part.name}: {shlex.join(part.command)}")
+        command = [*part.command]
+        if part.told is not None:
+            option, less = part.told
+            command += [option, f"{max(seconds - less, 1.0):.0f}"]
+        self.say(f"\n=== {part.name}, at most {seconds:.0f} s: {shlex.join(command)}")
         if part.note:
             self.say(part.note)
         environment = {**self.environment, **part.environment}
-        return processes.run(part.command, seconds, environment=environment, log=self.log)
+        return processes.run(command, seconds, environment=environment, log=self.log)
 
     def finish(self) -> None:
         """The outcomes into the files of results, and the summary once more."""
         for path in self.results():
-            content = json.loads(path.read_text())
-            path.write_text(json.dumps({**content, "parts": self.outcomes}, indent=1) + "\n")
+            with contextlib.suppress(ValueError):  # of which the summary tells
+                content = {**json.loads(path.read_text()), "parts": self.outcomes}
+                processes.write_at_once(path, json.dumps(content, indent=1) + "\n")
         self.write_summary()
         print(f"\n{self.summary.read_text()}", flush=True)
 
@@ -363,6 +394,7 @@ def main(arguments: Sequence[str] | None = None, table: Table = parts) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny problems: a test of the code")
     parser.add_argument("--slack", type=float, default=1.0, help="times the deadlines: fewer cores")
     options = parser.parse_args(arguments)
+    start = time.monotonic()
     if unknown := set(options.stages) - set(STAGES):
         parser.error(f"no stage {min(unknown)!r}; choose from {', '.join(STAGES)}")
     environment = processes.environment({"PYTHONUNBUFFERED": "1", "PYTHON": sys.executable})
@@ -381,14 +413,15 @@ def main(arguments: Sequence[str] | None = None, table: Table = parts) -> int:
         parser.error(f"--parts: no {min(unknown)!r}; choose from {', '.join(sorted(known))}")
     failed = []
     for name in stages:
-        stage = Stage(name, about, folder, environment)
+        limit = options.slack * (TRAIN_LIMIT if name == "train" else STAGE_LIMIT)
+        stage = Stage(name, about, folder, environment, start + limit)
         stage.say(f"make gpu-{name}: {about}")
         try:
-            for part in table(options, folder)[name]:  # anew: what is built now is not built again
-                if options.parts is None or part.name in options.parts:
-                    stage.run(part)
+            every = table(options, folder)[name]  # anew: what is built now is not built again
+            stage.run_all([x for x in every if options.parts is None or x.name in options.parts])
         finally:
             stage.finish()
+        start = time.monotonic()
         failed += [part for part, outcome in stage.outcomes.items() if "FAILED" in outcome]
     if failed:
         print(f"make gpu: failed: {', '.join(failed)}", file=sys.stderr)

@@ -33,6 +33,13 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep), **(extra or {})}
 
 
+def write_at_once(path: Path, text: str) -> None:
+    """Or not at all: who is ended in the middle of it leaves the file as it was."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
+
+
 def has_ended(process: subprocess.Popen[bytes]) -> bool:
     """Without reaping it, so that its group keeps its number."""
     options = os.WEXITED | os.WNOHANG | os.WNOWAIT

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from clocks import device
-from processes import HERE, ROOT
+from processes import HERE, ROOT, write_at_once
 
 import fcnseg
 
@@ -93,10 +93,7 @@ def results_path(name: str, about: Mapping[str, Any]) -> Path:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """At once or not at all: who is ended in the middle of it leaves the file before."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    new.replace(path)
+    write_at_once(path, json.dumps(content, indent=1) + "\n")
 
 
 def save(name: str, content: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> Path:
