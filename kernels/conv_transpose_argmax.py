@@ -27,15 +27,17 @@ from torch import Tensor
 
 from fcnseg.kernels import common
 from fcnseg.kernels.common import split_cells
-from fcnseg.kernels.conv_transpose_cross_entropy import (
+from fcnseg.kernels.conv_transpose_logits import (
     held_logits,
     held_samples,
     held_weights,
     make_operands,
+    walked_logits,
+)
+from fcnseg.kernels.conv_transpose_plan import (
     make_problem,
     pack_operands,
     tuned_blocks,
-    walked_logits,
 )
 from fcnseg.kernels.launch import launch, on_device
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fcnseg import reference
-from fcnseg.kernels import common
-from fcnseg.kernels import conv_transpose_cross_entropy as kernels
+from fcnseg.kernels import common, conv_transpose_plan
 from fcnseg.kernels.conv_transpose_argmax import conv_transpose_argmax_forward
 from fcnseg.kernels.conv_transpose_cross_entropy import (
     conv_transpose_cross_entropy_backward,
@@ -217,7 +216,7 @@ def test_dtypes(
     dtype: torch.dtype, groups: int, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the interpreter multiplies bfloat16 wrongly: its values, in float32
-    monkeypatch.setitem(kernels.OPERANDS, torch.bfloat16, tl.float32)
+    monkeypatch.setitem(conv_transpose_plan.OPERANDS, torch.bfloat16, tl.float32)
     labels = torch.uint8 if groups == 1 else torch.int32
     kernel = (4, 4 // groups, 4, 4)
     case = make_case((1, 4, 3, 3), kernel, None, dtype, labels, stride=2, groups=groups)

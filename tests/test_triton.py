@@ -20,9 +20,8 @@ from fcnseg.kernels.conv_transpose_argmax import conv_transpose_argmax_forward
 from fcnseg.kernels.conv_transpose_cross_entropy import (
     conv_transpose_cross_entropy_backward,
     conv_transpose_cross_entropy_forward,
-    make_problem,
-    tuned_blocks,
 )
+from fcnseg.kernels.conv_transpose_plan import make_problem, tuned_blocks
 from fcnseg.kernels.upsample_argmax import upsample_argmax_forward
 from fcnseg.kernels.upsample_confusion_matrix import upsample_confusion_matrix_forward_
 from fcnseg.kernels.upsample_cross_entropy import (
