@@ -207,9 +207,11 @@ def suite_part(name: str, which: str, options: argparse.Namespace, seconds: floa
     return Part(name, seconds, command, stretches=which == "gpu", told=("--timeout", 6.0))
 
 
-def jobs_part(name: str, script: str, options: argparse.Namespace, seconds: float) -> Part:
+def jobs_part(
+    name: str, script: str, options: argparse.Namespace, seconds: float, words: Sequence[str] = ()
+) -> Part:
     """A benchmark that is a list of jobs, told to end itself before its deadline."""
-    command = [sys.executable, str(HERE / script), *target(options)]
+    command = [sys.executable, str(HERE / script), *target(options), *words]
     return Part(name, seconds, command, stretches=name == "training", told=("--seconds", 8.0))
 
 
@@ -250,6 +252,10 @@ def sanitizer_part(options: argparse.Namespace, seconds: float) -> Part:
 def parts(options: argparse.Namespace, folder: Path) -> dict[str, list[Part]]:
     """The parts of every stage, in order."""
     slack = options.slack
+    # what has no bfloat16 arithmetic trains in float16
+    old = options.machine.get("capability", [8, 0]) < [8, 0]
+    half = ["--precision", "fp16"] if old else []
+    halves = ["--precisions", "fp32", "fp16"] if old else []
     profile = [sys.executable, str(HERE / "kernel_profile.py"), *target(options)]
     return {
         "check": [
@@ -266,8 +272,8 @@ def parts(options: argparse.Namespace, folder: Path) -> dict[str, list[Part]]:
         ],
         "train": [
             build_part(options, slack * 55),
-            jobs_part("training", "bench_training_step.py", options, slack * 315),
-            jobs_part("curves", "bench_training_curves.py", options, slack * 75),
+            jobs_part("training", "bench_training_step.py", options, slack * 315, half),
+            jobs_part("curves", "bench_training_curves.py", options, slack * 75, halves),
         ],
         "sanitize": [build_part(options, slack * 60), sanitizer_part(options, slack * 220)],
     }

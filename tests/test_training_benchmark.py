@@ -635,6 +635,22 @@ def test_a_rehearsal_of_one_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert content["rows"][-1]["largest_batch"] == 4
 
 
+@pytest.mark.parametrize(
+    ("capability", "precisions"),
+    [([7, 0], ["fp16", "fp32 fp16"]), ([9, 0], ["", ""]), (None, ["", ""])],
+)
+def test_a_gpu_without_bfloat16_trains_in_fp16(
+    tmp_path: Path, capability: list[int] | None, precisions: list[str]
+) -> None:
+    machine = {"python": sys.executable} | ({"capability": capability} if capability else {})
+    options = argparse.Namespace(device="cpu", quick=False, machine=machine, slack=1.0)
+    _, *parts = gpu.parts(options, tmp_path)["train"]
+    training, losses = [" ".join(part.command) for part in parts]
+    assert training.partition(" --precision ")[2] == precisions[0]
+    assert losses.partition(" --precisions ")[2] == precisions[1]
+    assert all("--device cpu" in command for command in (training, losses))
+
+
 @compiled
 @pytest.mark.slow
 def test_make_gpu_train_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
