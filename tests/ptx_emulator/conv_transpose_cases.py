@@ -124,7 +124,7 @@ def dtype_cases() -> Iterator[Case]:
     """Dtypes, reductions, class weights and smoothing; full, grouped and between."""
     none, smooth = Loss(reduction="none"), Loss(smoothing=0.1)
     quick: dict[str, tuple[int, ...]] = {
-        "full fp16 mean": ARCHS, "full fp32 none": (70, 90), "full bf16 none": (80,),
+        "full fp16 mean": ARCHS, "full fp32 none": (80,),
         "grouped fp32 mean": ARCHS, "grouped fp16 none": (80,),
     }  # fmt: skip
     for groups, dtype, loss in itertools.product(
@@ -155,7 +155,7 @@ def shape_cases() -> Iterator[Case]:
     small: dict[str, Any] = {"size": (3, 4)}
     yield Case("conv full 70 to 50", transposed(70, 50, 1, 2, 4, F16, **small))
     yield Case("conv full 70 to 50 fp32 none", transposed(70, 50, 1, 2, 4, F32, none, **small))
-    yield Case("conv full 150", transposed(20, 150, 1, 2, 4, F16, **small), (90,))
+    yield Case("conv full 150", transposed(8, 150, 1, 2, 4, F16, **small), (90,))
     yield Case("conv grouped 300", transposed(300, 300, 300, 2, 4, **small), (70,))
     yield Case("conv generic fp16", transposed(19, 19, 1, 2, 3, F16, padding=1), (90,))
     yield Case("conv generic fp32 none", transposed(19, 19, 1, 2, 3, F32, none, padding=1), (80,))
@@ -167,12 +167,12 @@ def shape_cases() -> Iterator[Case]:
     yield Case("conv generic crop", transposed(5, 4, 1, 2, 3, padding=0, crop=(1, 3)), ())
     yield Case("conv one sample", transposed(5, 4, 1, 4, 8, F16, size=(1, 1)), (90,))
     yield Case("conv several tiles", transposed(5, 4, 1, 2, 4, F16, size=(20, 33)), (90,))
-    yield Case("conv grouped several tiles", transposed(4, 4, 4, 2, 4, size=(20, 33)), (70,))
+    yield Case("conv grouped several tiles", transposed(4, 4, 4, 2, 4, size=(20, 33)), (90,))
     yield Case("conv no bias", transposed(19, 19, 1, 4, 8, F16, bias=False), (80,))
     for index, name in enumerate(("input", "weight", "bias")):
         alone = (index == 0, index == 1, index == 2)
         run = transposed(19, 19, 1, 4, 8, F16, wanted=alone)
-        yield Case(f"conv full gradient of {name} alone", run, (90,) if index else ())
+        yield Case(f"conv full gradient of {name} alone", run, (90,) if name == "weight" else ())
         run = transposed(19, 19, 19, 4, 8, wanted=alone)
         yield Case(f"conv grouped gradient of {name} alone", run)
     for layout in LAYOUTS:
