@@ -17,7 +17,7 @@ default is the first two:
 
 A part runs in processes of its own under a deadline of its own: at it SIGINT, ten seconds later
 SIGKILL to the whole process group. No part can take the time of another; what parts leave over goes
-to the tests, the benchmarks and the training. A part that fails does not stop the others, but
+to the tests, the figures and the training. A part that fails does not stop the others, but
 nothing follows a build that fails even without CUDA C++. With fewer cores, --slack 2 makes the
 deadlines twice as long.
 
@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import hashlib
 import importlib.util
 import json
 import os
@@ -59,6 +60,7 @@ TRAIN_LIMIT = 535.0  # of the stage "train"
 PROBE_LIMIT = 45.0  # torch may be read from a cold disk
 STAGES = ("check", "measure", "train", "sanitize")
 SANITIZER = ROOT / "tests" / "sanitize_gpu.sh"
+STAMP = ROOT / "build" / "gpu.json"
 TEST_PROCESSES = 12
 #: What ncu looks at: a step of the loss launches this kernel once, and others beside it.
 MAIN_KERNEL = "_upsample_cross_entropy_kernel"
@@ -146,20 +148,29 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=toolkit)
 
 
-def _stamp() -> Path:
-    """Tells for what the last build was; setuptools would compile everything anew."""
-    folder = ROOT / "build"
-    folder.mkdir(exist_ok=True)
-    return folder / "gpu.json"
+def build_state(machine: Mapping[str, object]) -> dict[str, object]:
+    """All that a build follows from, and what it made: as long as it stays, so may the build.
+
+    The sources by content: a copied working tree has new times.
+    """
+    digest = hashlib.sha256()
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    for path in [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted(sources)]:
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    made = {path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+            for path in sorted((ROOT / "fcnseg").glob("_*.so"))}  # fmt: skip
+    return {**machine, "sources": digest.hexdigest(), "made": made}
 
 
 def is_built(machine: Mapping[str, object]) -> bool:
-    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "csrc").rglob("*.*")]
-    for stem in ("_C", "_pybind"):
-        built = [path.stat().st_mtime for path in (ROOT / "fcnseg").glob(f"{stem}*.so")]
-        if not built or max(path.stat().st_mtime for path in sources) > max(built):
-            return False
-    return _stamp().exists() and json.loads(_stamp().read_text()) == machine
+    """setuptools would compile everything anew."""
+    state = build_state(machine)
+    return bool(state["made"]) and STAMP.exists() and json.loads(STAMP.read_text()) == state
+
+
+def keep_build(machine: Mapping[str, object]) -> None:
+    STAMP.parent.mkdir(exist_ok=True)
+    STAMP.write_text(json.dumps(build_state(machine)))
 
 
 def build_part(options: argparse.Namespace, seconds: float) -> Part:
@@ -173,7 +184,7 @@ def build_part(options: argparse.Namespace, seconds: float) -> Part:
     plain = Part("build without CUDA C++", seconds, command, environment={"FORCE_ONLY_CPU": "1"})
     return Part(
         "build", seconds, command, otherwise=plain,
-        after=lambda: _stamp().write_text(json.dumps(options.machine)),
+        after=lambda: keep_build(options.machine),
     )  # fmt: skip
 
 
@@ -204,7 +215,7 @@ def tests_part(options: argparse.Namespace, seconds: float) -> Part:
 def suite_part(name: str, which: str, options: argparse.Namespace, seconds: float) -> Part:
     """A set of suite.py, which is told to end itself before its deadline."""
     command = [sys.executable, str(HERE / "suite.py"), which, *target(options)]
-    return Part(name, seconds, command, stretches=which == "gpu", told=("--timeout", 6.0))
+    return Part(name, seconds, command, stretches=which != "rehearse", told=("--timeout", 6.0))
 
 
 def jobs_part(
@@ -230,7 +241,7 @@ def ncu_part(options: argparse.Namespace, folder: Path, seconds: float) -> Part:
     return Part(
         "ncu", seconds,
         # Of the launches that the name lets through, one per step: the third. Clocks as they are.
-        [tool, "--clock-control", "none", "--kernel-name", MAIN_KERNEL,
+        [tool, "--clock-control", "none", "--kernel-name", f"regex:^{MAIN_KERNEL}",
          "--launch-skip", "2", "--launch-count", "1",
          *(word for section in sections for word in ("--section", section)),
          "--log-file", str(folder / "ncu.log"), *launch],
