@@ -22,7 +22,7 @@ from torch import Tensor
 _FIELDS = 5  # count, value, and the position (n, y, x) of the first one
 _records: dict[torch.device, Tensor] = {}
 _making_a_record = threading.Lock()
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def error_message(
@@ -109,7 +109,7 @@ def add_to_record(record: Tensor, labels: Tensor, bad: Tensor) -> None:
         labels, bad = labels[None], bad[None]
     count = bad.sum()
     flat = bad.flatten().to(torch.uint8).argmax()
-    if record.is_cuda and _HAS_TRITON:
+    if record.is_cuda and HAS_TRITON:
         from fcnseg.kernels.bad_labels import record_bad_labels
 
         record_bad_labels(record, labels, count, flat)

@@ -17,7 +17,6 @@ runs the operator again.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fcnseg import _extension, _labels, reference
+from fcnseg._labels import HAS_TRITON
 from fcnseg.reference import compute_dtype
 
 _LOSS = "int ignore_index, str reduction, float label_smoothing"
@@ -109,13 +109,12 @@ def _register(
         _implementations[name] = {"cpu": kind, "cuda": cuda_kind}
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_triton_kind = "triton" if _HAS_TRITON else "reference"
+_triton_kind = "triton" if HAS_TRITON else "reference"
 
 
 def _use_triton(logits: Tensor, size: Sequence[int]) -> bool:
     """The kernels take every case but float64; their float32 coordinates are exact below 2^22."""
-    return _HAS_TRITON and logits.dtype != torch.float64 and max(*logits.shape[2:], *size) < 2**22
+    return HAS_TRITON and logits.dtype != torch.float64 and max(*logits.shape[2:], *size) < 2**22
 
 
 def _use_triton_conv(
@@ -128,7 +127,7 @@ def _use_triton_conv(
         for n, s, d, k in zip(input.shape[2:], stride, dilation, weight.shape[2:], strict=True)
     )
     fits = max(*reach, *size, *padding, *crop) < 2**29 and max(*stride, *dilation) < 2**15
-    return _HAS_TRITON and input.dtype != torch.float64 and fits
+    return HAS_TRITON and input.dtype != torch.float64 and fits
 
 
 def _with_strides_of(gradient: Tensor, tensor: Tensor) -> Tensor:

@@ -365,6 +365,10 @@ def confusion_matrix_(
         ValueError, TypeError, IndexError: as :func:`confusion_matrix`; ``matrix`` is then as it
             was.
 
+    Note:
+        On CUDA a matrix belongs to one stream at a time: two streams that add to it need a
+        synchronisation between them, as with any tensor.
+
     Source:
         ``torch.bincount``.
 
@@ -444,6 +448,10 @@ def upsample_confusion_matrix_(
     Raises:
         ValueError, TypeError, IndexError: as :func:`confusion_matrix`; ``matrix`` is then as it
             was.
+
+    Note:
+        On CUDA a matrix belongs to one stream at a time: two streams that add to it need a
+        synchronisation between them, as with any tensor.
 
     Source:
         ``torch.nn.functional.interpolate``, ``torch.argmax``, ``torch.bincount``.
