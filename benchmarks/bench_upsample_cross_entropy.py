@@ -55,7 +55,7 @@ MODES = [
     Mode("eager with page-keeping malloc", ["eager"], MAIN, PAGE_KEEPING),
 ]
 MEMORY_CASES = [*MAIN, "bfloat16", "reduction none", "forward only"]
-#: Error of the gradient, relative, allowed beyond eager's; of the loss, whose sum is exact to that.
+#: Relative errors allowed beyond those of rounded_eager.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 LOSS_TOLERANCE = 1e-5
 
@@ -122,14 +122,24 @@ def exact(case: Case) -> tuple[Tensor, Tensor | None]:
     return step_of(eager_loss, case, logits.double(), target)()
 
 
+def rounded_eager(case: Case) -> tuple[Tensor, Tensor | None]:
+    """Eager in float32, its gradient rounded once to the logits' dtype.
+
+    In half, eager's sums over more than 65504 pixels are infinite: it is timed, but no measure.
+    """
+    logits, target = case.inputs()
+    loss, gradient = step_of(eager_loss, case, logits.float(), target)()
+    return loss, None if gradient is None else gradient.to(case.dtype)
+
+
 @functools.lru_cache(maxsize=2)
 def errors(case: Case, name: str) -> dict[str, float]:
-    """Of loss and gradient, relative, against float64."""
-    found = zip(("loss", "gradient"), implementation(name, case)(), exact(case), strict=True)
+    """Of loss and gradient, relative, against float64; ``name``: "fused" or "eager"."""
+    ours = implementation("fused", case)() if name == "fused" else rounded_eager(case)
     return {
-        part: ((ours.double() - theirs).norm() / theirs.norm()).item()
-        for part, ours, theirs in found
-        if ours is not None and theirs is not None
+        part: ((found.double() - expected).norm() / expected.norm()).item()
+        for part, found, expected in zip(("loss", "gradient"), ours, exact(case), strict=True)
+        if found is not None and expected is not None
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import math
@@ -257,6 +258,27 @@ def test_products_bound_what_tensor_cores_may_do(monkeypatch: pytest.MonkeyPatch
         assert (bench.work(full).products > 0) is products
         assert bench.work(grouped).products == 0
         assert bench.work(bench.CUDA_CASES["full, fp32"]).products == 0
+
+
+@compiled
+@pytest.mark.parametrize("name", ["upsample_cross_entropy", "conv_transpose_cross_entropy"])
+def test_half_losses_of_many_pixels_are_checked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager's own sums in half overflow there: it can say nothing about an error."""
+    monkeypatch.setenv(clocks.DEVICE_VARIABLE, "cpu")
+    bench = importlib.import_module(f"bench_{name}")
+    case = next(iter(bench.CUDA_CASES.values()))
+    case = dataclasses.replace(case, shape=(1, 3, 36, 36), size=(288, 288))
+    assert case.dtype == torch.float16 and math.prod(case.size) > 65504
+    assert not bench.implementation("eager", case)()[0].isfinite()
+    bench.errors.cache_clear()
+    bench.check(case)
+    right = bench.fused_loss
+    for factor in (1.01, math.nan):
+        monkeypatch.setattr(bench, "fused_loss", lambda *x, k=factor, **y: right(*x, **y) * k)
+        bench.errors.cache_clear()
+        with pytest.raises(AssertionError):
+            bench.check(case)
+    bench.errors.cache_clear()
 
 
 # --- what the figures belong to -------------------------------------------------------------------
