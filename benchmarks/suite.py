@@ -2,19 +2,20 @@
 
     python benchmarks/suite.py summary    make bench: the cases that the files name in SUMMARY
     python benchmarks/suite.py matrix     make bench-full: every case, every process
-    python benchmarks/suite.py smoke      parts of make gpu: the first case of every file, short,
-    python benchmarks/suite.py rehearse   every case once, in parallel and untimed, for the caches
-    python benchmarks/suite.py gpu        of the compilers, and then every case
+    python benchmarks/suite.py smoke      make gpu-check: the first case of every file, short
+    python benchmarks/suite.py gpu        make gpu-measure: every case, in order of worth
+    python benchmarks/suite.py rehearse   the cases of gpu once, in parallel and untimed
     python benchmarks/suite.py ... [--device cpu|cuda] [--threads N] [--seconds S] [--timeout S]
                                    [--quick]
 
 writes ``results/SET_DEVICE_DATE.json`` (or into $OUT): {"name", "header", "files": {NAME: what
-workers.run_file found}}, anew whenever something was measured. On a CUDA device each takes every
-case. What fails is named at the end; the others run all the same. --timeout: seconds of all files.
+workers.run_file found}}. The file is written anew whenever something was measured; a rehearsal
+writes none, it fills the caches of the compilers. On a CUDA device each set takes every case. What
+fails is named at the end; the others run all the same. --timeout: seconds of all files.
 
-The gpu set goes through its cases in order of worth, in one process while nothing breaks it: two
-cases of every file, the losses first; then the others; and torch.compile, which takes longest to
-get ready, last, except for the very first case.
+The gpu set measures in one process while nothing breaks it: first two cases of every file, the
+losses before the others; then the rest; and torch.compile, which takes longest to get ready, last,
+except for the very first case. --quick takes two cases of every file and leaves torch.compile out.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import clocks
 import result_files
 import tables
 import workers
-from harness import Mode, cases_of, in_one_process
+from harness import Mode, cases_of, first_line, in_one_process
 from processes import HERE
 
 SUMMARY_LIMIT = 12
@@ -51,6 +52,18 @@ def modules() -> list[str]:
     kept = [path.stem for path in files if re.search(r"^CASES\b", path.read_text(), re.MULTILINE)]
     first = "bench_upsample_cross_entropy"
     return sorted(kept, key=lambda name: (name != first, "cross_entropy" not in name, name))
+
+
+def importable(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Those that import here, and why the others do not."""
+    kept, reasons = [], {}
+    for name in names:
+        try:
+            importlib.import_module(name)
+            kept.append(name)
+        except Exception as error:  # whatever it is, the other files are measured
+            reasons[name] = first_line(error)
+    return kept, reasons
 
 
 def summary_cases(module: str) -> list[str]:
@@ -105,15 +118,22 @@ def for_a_dry_run(tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_in_turn(
-    name: str, tasks: Sequence[dict[str, Any]], options: argparse.Namespace
+    name: str,
+    tasks: Sequence[dict[str, Any]],
+    reasons: Mapping[str, str],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """The files of a set of make gpu, saved whenever something was found."""
+    """The files of a set of make gpu, saved whenever something was found.
+
+    ``reasons``: why files do not import.
+    """
     about = result_files.header(COMMANDS[name])
     load = [round(x, 2) for x in os.getloadavg()]
 
     def files(found: dict[str, Any]) -> dict[str, Any]:
         more = {"threads": options.threads, "load_before": load, "rates": found["rates"]}
-        return {module: more | file for module, file in found["files"].items()}
+        absent = {module: {"rows": {}, "failed": {"file": why}} for module, why in reasons.items()}
+        return {module: more | file for module, file in (found["files"] | absent).items()}
 
     found = workers.run_tasks(
         tasks,
@@ -173,7 +193,8 @@ def main() -> None:
     start = time.monotonic()
     ways = {"smoke": smoke_tasks, "gpu": gpu_tasks, "rehearse": rehearsal_tasks}
     if options.set in ways:
-        tasks = ways[options.set](modules())
+        names, reasons = importable(modules())
+        tasks = ways[options.set](names)
         tasks = for_a_dry_run(tasks) if options.quick else tasks
     if options.set == "rehearse":
         count = max(1, min(16, os.cpu_count() or 1))
@@ -181,7 +202,7 @@ def main() -> None:
         print(f"{len(tasks)} rehearsed, {time.monotonic() - start:.0f} s")
         return
     if options.set in ways:
-        files = run_in_turn(options.set, tasks, options)
+        files = run_in_turn(options.set, tasks, reasons, options)
     else:
         files = run_files(options.set, options)
     print(f"\n{time.monotonic() - start:.0f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -239,6 +240,30 @@ def test_tasks_without_time_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     file = found["files"]["bench_bad"]
     assert file["failed"] == {"hanging": "the process: no end after 0 s", "last": "no time left"}
     assert file["rows"]["good"]["skipped"] == {"other": "no time left"}
+
+
+def test_a_file_that_does_not_import_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even before anything runs."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    names, reasons = suite.importable(["no_such_file", "bench_upsample_argmax"])
+    assert names == ["bench_upsample_argmax"]
+    assert reasons == {"no_such_file": "ModuleNotFoundError: No module named 'no_such_file'"}
+    row = {"rows": {"only": {"fused": {"median": 1}}}, "failed": {}}
+
+    def run_tasks(tasks: Any, progress: Any, **options: Any) -> dict[str, Any]:
+        found = {"rates": RATES, "files": {"bench_upsample_argmax": row}}
+        progress(found)
+        return found
+
+    monkeypatch.setattr(workers, "run_tasks", run_tasks)
+    options = argparse.Namespace(threads=1, seconds=None, quick=True, timeout=None)
+    files = suite.run_in_turn("gpu", [], reasons, options)
+    (path,) = tmp_path.glob("gpu_*.json")
+    assert json.loads(path.read_text())["files"] == files
+    assert files["no_such_file"]["failed"] == {"file": reasons["no_such_file"]}
+    assert files["bench_upsample_argmax"]["rows"] == row["rows"]
 
 
 def test_a_file_that_does_not_import_is_named() -> None:
