@@ -325,13 +325,14 @@ def _conv_transpose(arch: int) -> Iterator[Configuration]:
             )
         )
         class_weight = torch.empty_like(bias, dtype=fp32) if options.get("weighted") else None
+        record = torch.empty(5, dtype=INT64, device="meta")
         geometry = ((stride,) * 2, (stride // 2,) * 2, (0, 0), groups, (1, 1), (0, 0))
         loss = (input, weight, target, bias, class_weight, *geometry, 255)
         wanted = (True, True, True)
         reduction = options.get("reduction", "mean")
         launches = _launches(
             arch, conv_transpose_cross_entropy.conv_transpose_cross_entropy_forward, *loss,
-            reduction, smoothing, wanted, bias,
+            reduction, smoothing, wanted, record,
         )  # fmt: skip
         if none:
             launches += _launches(
