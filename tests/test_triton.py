@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -254,6 +256,29 @@ def test_one_stage_where_triton_forgets_a_fence(
     problem = make_problem(input, weight, *geometry)
     tuned = tuned_blocks.__wrapped__  # what is cached belongs to the Triton that runs
     assert tuned(problem, dtype, capability, of_weight).num_stages == stages
+
+
+def kernels_told_by_values() -> None:
+    """For `test_no_kernel_is_told_by_values`, in a process of its own."""
+    import triton
+
+    import fcnseg.kernels
+
+    kernels = {
+        value
+        for module in pkgutil.iter_modules(fcnseg.kernels.__path__, "fcnseg.kernels.")
+        for name, value in vars(importlib.import_module(module.name)).items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
+    }
+    assert len(kernels) >= 10
+    for kernel in kernels:
+        for parameter in kernel.params:
+            free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+            assert parameter.is_constexpr or free, (kernel.fn.__name__, parameter.name)
+
+
+def test_no_kernel_is_told_by_values() -> None:
+    run("-c", "from tests import test_triton; test_triton.kernels_told_by_values()")
 
 
 def test_import_does_not_load_triton() -> None:
