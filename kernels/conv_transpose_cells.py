@@ -32,8 +32,7 @@ from fcnseg.kernels.conv_transpose_softmax import (
     no_classes,
     slopes,
 )
-from fcnseg.kernels.reduction import counted_weight
-from fcnseg.kernels.upsample_cross_entropy_cells import LN2
+from fcnseg.kernels.reduction import LN2, counted_weight
 
 
 @triton.jit

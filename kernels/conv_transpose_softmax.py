@@ -13,7 +13,7 @@ from fcnseg.kernels.conv_transpose_logits import (
     per_cell,
     per_class,
 )
-from fcnseg.kernels.upsample_cross_entropy_cells import LOG2E
+from fcnseg.kernels.reduction import LOG2E
 
 
 @triton.jit

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 TRACE = tl.constexpr(2.0**-126)  # the smallest normal float32
 MOST_PIXELS = tl.constexpr(2.0**40)
 

@@ -7,6 +7,7 @@ backward; with ``reduction="none"`` two and two.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,19 @@ STAGED = 1 / 8  # what a band's first row costs more, staged in `top`, in rows
 ALONE = 1.5  # rows of a scheduler's only program take as long as 1.5 of one that shares it
 
 
+def registers(options: dict[str, bool], num_classes: int, capability: int) -> int:
+    """Registers a thread: 144, of which 14 warps fit into a multiprocessor, where the kernel needs
+    no more; else what there are, where ptxas would rather spill a few than run fewer warps."""
+    return 144 if _is_plain(options, num_classes) and capability >= 80 else 255
+
+
+def _is_plain(options: dict[str, bool], num_classes: int) -> bool:
+    """Whether it is a scalar loss of equal weights with its gradient, of 8-bit labels."""
+    scalar = options["WITH_GRAD"] and not options["PER_PIXEL"]
+    equal = not (options["HAS_WEIGHT"] or options["HAS_SMOOTHING"])
+    return scalar and equal and num_classes <= 255
+
+
 def label_bits(num_classes: int) -> int:
     """Bits of a class, among which all ones are no class."""
     return num_classes.bit_length()
@@ -43,13 +57,9 @@ def tuned_lanes(
 
     ``options``: HAS_WEIGHT, HAS_SMOOTHING, WITH_GRAD, PER_PIXEL as the kernel's. All but a scalar
     loss of equal weights with its gradient take a logarithm or a load per pixel, and 16-bit labels
-    twice the words: 8 x 8 pixels would spill. So would 8 rows before Ampere where a cell is larger
-    than that, or with all options.
+    twice the words: 8 x 8 pixels would spill. So would 8 rows before Ampere, or with all options.
     """
-    scalar = options["WITH_GRAD"] and not options["PER_PIXEL"]
-    equal = not (options["HAS_WEIGHT"] or options["HAS_SMOOTHING"])
-    large = capability >= 80 or max(geo.cell_h, geo.cell_w) <= 8
-    if scalar and equal and num_classes <= 255 and large:
+    if _is_plain(options, num_classes):
         return common.choose_lanes(geo, rows=8, columns=8)
     few = capability < 80 or (options["HAS_WEIGHT"] and options["HAS_SMOOTHING"])
     return common.choose_lanes(geo, rows=4 if few else 8, columns=4)
@@ -109,6 +119,14 @@ def deal_bands(
     return Bands(lanes, band_rows, bands, cells, tiles, edges)
 
 
+def needs_64_bits(
+    shape: tuple[int, int, int, int], logits_strides: tuple[int, ...], deal: Bands
+) -> bool:
+    """Whether 32 bits do not number the cells, the logits or the sums at the samples."""
+    reach = sum((size - 1) * stride for size, stride in zip(shape, logits_strides, strict=True))
+    return max(reach, math.prod(shape), deal.edges, deal.cells + deal.lanes.cells) >= 2**31
+
+
 def edges_size(
     shape: tuple[int, int, int, int], size: tuple[int, int], weighted: bool, label_smoothing: float,
     align_corners: bool, scale_h: float | None, scale_w: float | None, device: torch.device,
@@ -161,9 +179,7 @@ def _forward_plan(
     options = _options(dtypes[2] is not None, label_smoothing, with_grad, per_pixel)
     deal = deal_bands(shape, geo, options, device)
     lanes = deal.lanes
-    # Where ptxas would rather spill a few registers than run fewer warps.
-    few = common.capability(device) < 80 or lanes.ROWS * lanes.COLUMNS < 32 or C == 1
-    registers = {"maxnreg": 255} if few or (per_pixel and not with_grad) else {}
+    one_group = geo.cell_h <= lanes.ROWS and geo.cell_w <= lanes.COLUMNS * lanes.SPLIT
     cells = Launch(
         _upsample_cross_entropy_kernel, (deal.tiles,),
         (
@@ -171,8 +187,9 @@ def _forward_plan(
             *target_strides, *upstream_strides, *loss_strides, *sums_strides, ignore_index,
             label_smoothing,
         ),
-        ONE_CLASS=C == 1, BITS=label_bits(C), WIDE=deal.cells + lanes.cells >= 2**31, **options,
-        **lanes.constexprs(), **registers,
+        ONE_CLASS=C == 1, BITS=label_bits(C), WIDE=needs_64_bits(shape, logits_strides, deal),
+        ONE_GROUP=one_group, **options, **lanes.constexprs(),
+        maxnreg=registers(options, C, common.capability(device)),
     )  # fmt: skip
     loss = Launch(
         _loss_kernel, (1,), (deal.tiles, H, W, *target_strides),

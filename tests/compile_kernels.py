@@ -206,7 +206,7 @@ def _cross_entropy(arch: int) -> Iterator[Configuration]:
                     done.add((kernel, key))
                     yield name, kernel, arguments, 128
             else:
-                yield name, kernel, arguments, 255
+                yield name, kernel, arguments, arguments["maxnreg"]
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -166,6 +166,23 @@ def test_labels_of_more_than_8_bits(reduction: str, monkeypatch: pytest.MonkeyPa
     check_loss(*make_case(1, 5, 3, 2, 3, 19), reduction=reduction)  # one row, strips
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_offsets_of_64_bits(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upsample_cross_entropy, "needs_64_bits", lambda *_: True)
+    check_loss(*make_case(1, 3, 2, 3, 16, 24), reduction=reduction)
+
+
+@pytest.mark.parametrize("columns", [33, 35, 39])
+def test_lanes_reach_far_beyond_their_cells_at_the_limit_of_the_guard(columns: int) -> None:
+    # cells of up to 5, 6 or 7 columns in lanes of 8, samples as far apart as the guard allows:
+    # powers past the cell are huge, and meet factors of 0
+    torch.manual_seed(columns)
+    logits = torch.where(torch.rand(1, 5, 4, 7) < 0.5, -16.0, 16.0)
+    target = torch.randint(0, 5, (1, 26, columns))
+    check_loss(logits, target)
+    check_loss(logits, target, reduction="sum")
+
+
 def test_one_class_is_exactly_zero() -> None:
     logits = torch.randn(1, 1, 2, 2)
     target = torch.zeros(1, 8, 8, dtype=torch.int64)
