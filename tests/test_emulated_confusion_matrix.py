@@ -31,6 +31,11 @@ from tests.ptx_emulator.count_confusion_matrix import instructions
 from tests.ptx_emulator.count_confusion_matrix import label_maps as label_maps_of_a_picture
 from tests.ptx_emulator.memory import Array
 
+MIXED: tuple[Pair, ...] = (
+    ("Label8", "Label64"),
+    ("Label64", "Label8"),
+    ("Label16", "Label32"),
+)
 #: Classes, pixels, pixels that the labels start past an aligned address, blocks, and how many
 #: vectors lie between a thread's steps (0: as many as threads).
 SHAPES = [(19, 3001, 0, 2, 9), (2, 700, 1, 1, 0), (19, 5, 3, 1, 1)]
@@ -86,8 +91,8 @@ def count(
     [
         (70, SAME),
         (80, SAME),
-        (90, PAIRS),
-        *(pytest.param(arch, PAIRS, marks=pytest.mark.slow) for arch in (70, 80)),
+        (90, (*SAME, *MIXED)),
+        *(pytest.param(arch, PAIRS, marks=pytest.mark.slow) for arch in ARCHS),
     ],
 )
 def test_counts(arch: int, pairs: tuple[Pair, ...], strategy: str) -> None:
