@@ -57,11 +57,14 @@ def tuned_lanes(
 
     ``options``: HAS_WEIGHT, HAS_SMOOTHING, WITH_GRAD, PER_PIXEL as the kernel's. All but a scalar
     loss of equal weights with its gradient take a logarithm or a load per pixel, and 16-bit labels
-    twice the words: 8 x 8 pixels would spill. So would 8 rows before Ampere, or with all options.
+    twice the words: 8 x 8 pixels would spill. So would 8 rows before Ampere, with all options, or
+    for a scalar loss without gradient, which loads four samples a pixel.
     """
     if _is_plain(options, num_classes):
         return common.choose_lanes(geo, rows=8, columns=8)
-    few = capability < 80 or (options["HAS_WEIGHT"] and options["HAS_SMOOTHING"])
+    all_options = options["HAS_WEIGHT"] and options["HAS_SMOOTHING"]
+    alone = not (options["WITH_GRAD"] or options["PER_PIXEL"])
+    few = capability < 80 or all_options or alone
     return common.choose_lanes(geo, rows=4 if few else 8, columns=4)
 
 
