@@ -35,7 +35,7 @@ ALONE = 1.5  # rows of a scheduler's only program take as long as 1.5 of one tha
 def registers(options: dict[str, bool], num_classes: int, capability: int) -> int:
     """Registers a thread: 144, of which 14 warps fit into a multiprocessor, where the kernel needs
     no more; else what there are, where ptxas would rather spill a few than run fewer warps."""
-    return 144 if _is_plain(options, num_classes) and capability >= 80 else 255
+    return 144 if _is_plain(options, num_classes) and 80 <= capability < 100 else 255
 
 
 def _is_plain(options: dict[str, bool], num_classes: int) -> bool:
