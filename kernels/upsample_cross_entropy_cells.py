@@ -34,9 +34,9 @@ after the eager expression, so that NaN comes out where it does there. Offsets a
 samples int32 where the tensors let them (not WIDE).
 
 Instructions on the path of eq. 2, sm_90, a lane of 8 x 8 pixels (SASS): per class 36 in pass 0,
-156 in pass 1, 260 in pass 2 and 98 more for a class that a pixel of the program carries, that is
-7.1 to 8.6 per pixel and class, where eqs. 2 and 5 alone take 4.2; per pixel 32, of which 17 read
-the label.
+156 in pass 1, 257 in pass 2 and 98 more for a class that a pixel of the program may carry, that is
+7.0 to 8.5 per pixel and class, where eqs. 2 and 5 alone take 4.2; per pixel about 36, of which 18
+read the label.
 
 The two paths stand in files of their own: _powers.py, eqs. 2 to 6, and _plain.py.
 
