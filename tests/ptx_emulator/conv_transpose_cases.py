@@ -142,7 +142,7 @@ def dtype_cases() -> Iterator[Case]:
         run = transposed(21, 21, groups, 4, 8, dtype, loss, weighted=True)
         yield Case(f"conv {name} weight smoothing", run, archs)
     yield Case("conv between fp32", transposed(8, 6, 2, 2, 4), (70,))
-    yield Case("conv between fp16 none", transposed(8, 6, 2, 2, 4, F16, none), (90,))
+    yield Case("conv between fp16 none", transposed(8, 6, 2, 2, 4, F16, none))
 
 
 def shape_cases() -> Iterator[Case]:
