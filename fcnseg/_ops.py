@@ -904,14 +904,16 @@ def _may_overwrite(workspace: Tensor, like: Tensor, grad_loss: Tensor) -> bool:
     """Whether the gradient of ``like`` may take the place of the saved ``workspace``.
 
     Only where the dtypes are the same and autograd is about to free the workspace: without
-    ``retain_graph`` or ``create_graph``, and with nothing between this call and the kernels that
-    traces, batches or wraps tensors (compiling, ``vmap``, dispatch modes, subclasses). It spares a
-    tensor of the gradient's size at the peak.
+    ``retain_graph``, and with nothing between this call and the kernels that traces, batches or
+    wraps tensors (compiling, ``vmap``, dispatch modes, subclasses). Nor with ``create_graph``: what
+    is written in place has no node, so that a double backward would find nothing to raise in. It
+    spares a tensor of the gradient's size at the peak.
     """
     plain = type(workspace) is Tensor and type(like) is Tensor
     return (
         plain
         and workspace.dtype == like.dtype
+        and not torch.is_grad_enabled()  # create_graph, which retain_graph=False may go with
         and not torch._C._autograd._get_current_graph_task_keep_graph()
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -80,6 +80,19 @@ def test_a_gradient_that_is_accumulated_is_right(loss: Loss) -> None:
 
 
 @LOSSES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("retain_graph", [None, False])
+def test_a_double_backward_is_refused_whatever_is_retained(
+    loss: Loss, dtype: torch.dtype, retain_graph: bool | None
+) -> None:
+    """A gradient written over its workspace has no node: its penalty would silently be none."""
+    x = leaf(loss, dtype)
+    (gradient,) = torch.autograd.grad(loss(x), x, create_graph=True, retain_graph=retain_graph)
+    with pytest.raises(RuntimeError, match="is not differentiable twice"):
+        (gradient.float().square().sum() + x.float().sum()).backward()
+
+
+@LOSSES
 @pytest.mark.parametrize("way", ["create_graph", "batched", "hooks", "mode", "compile"])
 def test_machinery_between_autograd_and_the_kernels(loss: Loss, way: str) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
