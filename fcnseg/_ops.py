@@ -900,18 +900,35 @@ def _require_grad_flag(wanted: bool, name: str) -> None:
         )
 
 
-def _may_overwrite(workspace: Tensor, like: Tensor, grad_loss: Tensor) -> bool:
+_OWNED = "fcnseg: the workspaces are autograd's alone"
+
+
+def loss_alone(loss: Tensor, *workspaces: Tensor) -> Tensor:
+    """The loss of what a loss operator returned; its caller keeps no workspace.
+
+    So autograd alone holds them from here on, unless hooks see what it saves, and may write over
+    them. Who calls an operator of ``torch.ops`` and keeps what it returns finds it unchanged.
+    """
+    if not torch.compiler.is_compiling() and loss.grad_fn is not None:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        node: Any = loss.grad_fn  # whose metadata PyTorch declares as a method
+        node.metadata[_OWNED] = hooks is None
+    return loss
+
+
+def _may_overwrite(ctx: Any, workspace: Tensor, like: Tensor, grad_loss: Tensor) -> bool:
     """Whether the gradient of ``like`` may take the place of the saved ``workspace``.
 
-    Only where the dtypes are the same and autograd is about to free the workspace: without
-    ``retain_graph``, and with nothing between this call and the kernels that traces, batches or
-    wraps tensors (compiling, ``vmap``, dispatch modes, subclasses). Nor with ``create_graph``: what
-    is written in place has no node, so that a double backward would find nothing to raise in. It
-    spares a tensor of the gradient's size at the peak.
+    Only where the dtypes are the same, nobody else holds the workspace (:func:`loss_alone`), and
+    autograd is about to free it: without ``retain_graph``, and with nothing between this call and
+    the kernels that traces, batches or wraps tensors (compiling, ``vmap``, dispatch modes,
+    subclasses). Nor with ``create_graph``: what is written in place has no node, so that a double
+    backward would find nothing to raise in. It spares a tensor of the gradient's size at the peak.
     """
     plain = type(workspace) is Tensor and type(like) is Tensor
     return (
         plain
+        and ctx.metadata.get(_OWNED, False)
         and workspace.dtype == like.dtype
         and not torch.is_grad_enabled()  # create_graph, which retain_graph=False may go with
         and not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -946,7 +963,7 @@ def _upsample_backward(ctx: Any, grad_loss: Tensor | None, *unused: None) -> tup
         )
         return gradient, *[None] * 9
     sums, edges, logits = ctx.saved_tensors
-    if _may_overwrite(sums, logits, grad_loss):
+    if _may_overwrite(ctx, sums, logits, grad_loss):
         torch.ops.fcnseg.upsample_cross_entropy_gradient_(grad_loss, sums, edges, *ctx.options)
         return sums, *[None] * 9
     gradient = torch.ops.fcnseg.upsample_cross_entropy_gradient(
@@ -970,8 +987,8 @@ def _setup_conv_transpose(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.save_for_backward(*saved)
 
 
-def _scaled(unscaled: Tensor, grad_loss: Tensor, like: Tensor) -> Tensor:
-    if _may_overwrite(unscaled, like, grad_loss):
+def _scaled(ctx: Any, unscaled: Tensor, grad_loss: Tensor, like: Tensor) -> Tensor:
+    if _may_overwrite(ctx, unscaled, like, grad_loss):
         return unscaled.mul_(grad_loss)
     return torch.ops.fcnseg.scale_gradient(unscaled, grad_loss, like)
 
@@ -987,7 +1004,7 @@ def _conv_transpose_backward(ctx: Any, grad_loss: Tensor | None, *unused: None) 
     else:
         saved = ctx.saved_tensors
         gradients = [
-            _scaled(unscaled, grad_loss, like) if wanted else None
+            _scaled(ctx, unscaled, grad_loss, like) if wanted else None
             for unscaled, like, wanted in zip(saved[:3], saved[3:], ctx.compute_grad, strict=True)
         ]
     to_input, to_weight, to_bias = (

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fcnseg import _checks, _ops  # noqa: F401  (_ops registers the operators)
+from fcnseg import _checks, _ops
 
 _Size = int | Sequence[int]
 
@@ -79,7 +79,7 @@ def upsample_cross_entropy(
     scale_h, scale_w = _checks.scales(
         scale_factor, align_corners, logits.shape[2:], target.shape[1:]
     )
-    loss, *_ = torch.ops.fcnseg.upsample_cross_entropy(
+    outputs = torch.ops.fcnseg.upsample_cross_entropy(
         logits,
         target,
         weight,
@@ -91,7 +91,7 @@ def upsample_cross_entropy(
         scale_w,
         torch.is_grad_enabled() and logits.requires_grad,
     )
-    return loss
+    return _ops.loss_alone(*outputs)
 
 
 def conv_transpose_cross_entropy(
@@ -178,7 +178,7 @@ def conv_transpose_cross_entropy(
     _checks.class_weight("class_weight", class_weight, num_classes, input)
     _checks.loss_options(ignore_index, reduction, label_smoothing)
     grad = torch.is_grad_enabled()
-    loss, *_ = torch.ops.fcnseg.conv_transpose_cross_entropy(
+    outputs = torch.ops.fcnseg.conv_transpose_cross_entropy(
         input,
         weight,
         target,
@@ -199,7 +199,7 @@ def conv_transpose_cross_entropy(
             grad and bias is not None and bias.requires_grad,
         ],
     )
-    return loss
+    return _ops.loss_alone(*outputs)
 
 
 def upsample_argmax(

@@ -196,7 +196,7 @@ def _forward_plan(
     )  # fmt: skip
     loss = Launch(
         _loss_kernel, (1,), (deal.tiles, H, W, *target_strides),
-        SCALAR=not per_pixel, MEAN=mean, WITH_GRAD=with_grad, BLOCK=1024, num_warps=4,
+        SCALAR=not per_pixel, MEAN=mean, WITH_GRAD=with_grad, HEAD=HEAD, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return _Forward(deal, cells, loss)
 

@@ -42,7 +42,8 @@ ALONG_NONE, ALONG_W, ALONG_C = 0, 1, 2
 def _loss_kernel(
     loss_ptr, denominator_ptr, bad_count_ptr, bad_index_ptr, result_ptr, edges_ptr, target_ptr,
     record_ptr, partials, H, W, stride_target_n, stride_target_h, stride_target_w,
-    SCALAR: tl.constexpr, MEAN: tl.constexpr, WITH_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    SCALAR: tl.constexpr, MEAN: tl.constexpr, WITH_GRAD: tl.constexpr, HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Eqs. 1 and 2, and the bad-label record: one program. Without SCALAR the record alone."""
     if SCALAR:
@@ -57,7 +58,9 @@ def _loss_kernel(
         if WITH_GRAD:
             # all ignored: the gradient is 0, not NaN
             scale = tl.where(scale == float("inf"), 1.0, scale)
-            tl.store(edges_ptr, (scale + poison).to(tl.float32))
+            # all of the line: what is returned twice for the same input is equal
+            head = tl.zeros([HEAD], tl.float32) + (scale + poison).to(tl.float32)
+            tl.store(edges_ptr + tl.arange(0, HEAD), head)
     add_to_record(
         bad_count_ptr, bad_index_ptr, partials, target_ptr, record_ptr, record_ptr, H, W,
         stride_target_n, stride_target_h, stride_target_w, False, BLOCK,

@@ -42,9 +42,9 @@ def workspaces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     may_overwrite = _ops._may_overwrite
 
-    def asked(workspace: Tensor, *others: Tensor) -> bool:
+    def asked(ctx: Any, workspace: Tensor, *others: Tensor) -> bool:
         seen.append(workspace.data_ptr())
-        return may_overwrite(workspace, *others)
+        return may_overwrite(ctx, workspace, *others)
 
     monkeypatch.setattr(_ops, "_may_overwrite", asked)
     return seen
@@ -90,6 +90,27 @@ def test_a_double_backward_is_refused_whatever_is_retained(
     (gradient,) = torch.autograd.grad(loss(x), x, create_graph=True, retain_graph=retain_graph)
     with pytest.raises(RuntimeError, match="is not differentiable twice"):
         (gradient.float().square().sum() + x.float().sum()).backward()
+
+
+def test_a_workspace_that_somebody_holds_is_not_overwritten() -> None:
+    """By the operator's own caller, or by a hook that sees what autograd saves."""
+    x, options = leaf(upsample), (None, 255, "mean", 0.0, False, None, None, True)
+    loss, sums, _ = torch.ops.fcnseg.upsample_cross_entropy(x, TARGET, *options)
+    before = sums.clone()
+    torch.autograd.grad(loss * 3, x)
+    assert torch.equal(sums, before)
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.append((tensor, tensor.clone()))
+        return tensor
+
+    for each in (upsample, conv_transpose):
+        x = leaf(each)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            value = each(x)
+        torch.autograd.grad(value * 3, x)
+    assert len(held) >= 6 and all(torch.equal(*pair) for pair in held)
 
 
 @LOSSES
