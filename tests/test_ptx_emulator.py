@@ -1,7 +1,4 @@
-"""The emulator: planted faults are found, sound kernels are clean, arithmetic is right.
-
-PYTHONPATH=<the folder that holds ptx_emulator> python -m pytest test_ptx_emulator.py
-"""
+"""The emulator: planted faults are found, sound kernels are clean, arithmetic is right."""
 
 from __future__ import annotations
 
@@ -576,3 +573,21 @@ def test_triton_kernels(arch: int) -> None:
 
 def test_triton_faults() -> None:
     triton_kernels().check_faults()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_wrong(value: float) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from tests.ptx_emulator.check import Check
+    from tests.ptx_emulator.triton_bridge import Session
+
+    expected = torch.ones(4, dtype=torch.float64)
+    ours = expected.float()
+    ours[2] = value
+    check = Check(Session(90))
+    check.close("it", ours, expected, expected.float())
+    assert len(check.wrong) == 1 and "differs at 1" in check.wrong[0]
+    check = Check(Session(90))
+    check.close("it", ours, expected, ours)  # where eager's stands
+    assert not check.wrong

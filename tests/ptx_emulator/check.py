@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tests.conftest import TOLERANCE
@@ -21,16 +22,18 @@ class Check:
     ) -> None:
         """``ours`` is no further from ``exact`` than ``eager`` is, but for a tolerance.
 
-        Errors are relative to the largest expected value. NaN has to stand where eager's stands.
+        Errors are relative to the largest expected value. NaN and infinities have to stand where
+        eager's stand.
         ``extra`` widens the tolerance where products are rounded, as on tensor cores.
         """
         if ours.shape != exact.shape:
             self.wrong.append(f"{name} has shape {tuple(ours.shape)}, not {tuple(exact.shape)}")
             return
         self.written(name, ours)
-        nans = ours.isnan() != eager.isnan()
-        if nans.any():
-            self.wrong.append(f"NaN of {name} differs at {int(nans.sum())} of {ours.numel()}")
+        for what, of in (("NaN", torch.isnan), ("infinity", torch.isinf)):
+            differ = of(ours) != of(eager)
+            if differ.any():
+                self.wrong.append(f"{what} of {name} differs at {int(differ.sum())}")
         fine = exact.isfinite() & ours.isfinite() & eager.isfinite()
         if not fine.any():
             self.notes.append(f"{name} not finite")
