@@ -100,14 +100,15 @@ class Part:
     environment: Mapping[str, str] = field(default_factory=dict)
     stretches: bool = False
     told: tuple[str, float] | None = None
-    #: Tried where the command fails, in what is left of its seconds.
+    #: Tried where the command fails; so much of the part's seconds is kept for it.
     otherwise: Part | None = None
     #: Called where the command passes.
     after: Callable[[], None] | None = None
 
     def longest(self) -> float:
         """Seconds, if it ignores every signal."""
-        return 0.0 if self.skip else self.seconds + processes.GRACE + processes.STUCK
+        calls = 1 if self.otherwise is None else 2
+        return 0.0 if self.skip else self.seconds + calls * (processes.GRACE + processes.STUCK)
 
 
 def probe() -> dict:
@@ -162,15 +163,17 @@ def build_state(machine: Mapping[str, object]) -> dict[str, object]:
     return {**machine, "sources": digest.hexdigest(), "made": made}
 
 
-def is_built(machine: Mapping[str, object]) -> bool:
-    """setuptools would compile everything anew."""
-    state = build_state(machine)
-    return bool(state["made"]) and STAMP.exists() and json.loads(STAMP.read_text()) == state
+def built_before(machine: Mapping[str, object]) -> str:
+    """Why nothing need be built (setuptools would compile everything anew), or ""."""
+    if not STAMP.exists():
+        return ""
+    kept, state = json.loads(STAMP.read_text()), build_state(machine)
+    return str(kept["how"]) if state["made"] and kept["state"] == state else ""
 
 
-def keep_build(machine: Mapping[str, object]) -> None:
+def keep_build(machine: Mapping[str, object], how: str) -> None:
     STAMP.parent.mkdir(exist_ok=True)
-    STAMP.write_text(json.dumps(build_state(machine)))
+    STAMP.write_text(json.dumps({"state": build_state(machine), "how": how}))
 
 
 def build_part(options: argparse.Namespace, seconds: float) -> Part:
@@ -178,13 +181,16 @@ def build_part(options: argparse.Namespace, seconds: float) -> Part:
                "--no-build-isolation", "--no-deps", "-e", "."]  # fmt: skip
     if options.device == "cpu":
         return Part("build", seconds, skip="on the CPU, what is installed is taken")
-    if is_built(options.machine):
-        return Part("build", seconds, skip="built before, for this device and Python")
+    if how := built_before(options.machine):
+        return Part("build", seconds, skip=how)
     # the Triton kernels need no nvcc: better they alone than nothing
-    plain = Part("build without CUDA C++", seconds, command, environment={"FORCE_ONLY_CPU": "1"})
+    plain = Part(
+        "build without CUDA C++", seconds / 3, command, environment={"FORCE_ONLY_CPU": "1"},
+        after=lambda: keep_build(options.machine, "built before, but CUDA C++ failed to build"),
+    )  # fmt: skip
     return Part(
         "build", seconds, command, otherwise=plain,
-        after=lambda: keep_build(options.machine),
+        after=lambda: keep_build(options.machine, "built before, for this device and Python"),
     )  # fmt: skip
 
 
@@ -270,23 +276,23 @@ def parts(options: argparse.Namespace, folder: Path) -> dict[str, list[Part]]:
     profile = [sys.executable, str(HERE / "kernel_profile.py"), *target(options)]
     return {
         "check": [
-            build_part(options, slack * 60),
-            tests_part(options, slack * 155),
-            suite_part("smoke", "smoke", options, slack * 60),
+            build_part(options, slack * 70),
+            tests_part(options, slack * 140),
+            suite_part("smoke", "smoke", options, slack * 55),
         ],
         "measure": [
-            build_part(options, slack * 55),
+            build_part(options, slack * 57),
             suite_part("rehearse", "rehearse", options, slack * 42),
-            suite_part("benchmarks", "gpu", options, slack * 100),
+            suite_part("benchmarks", "gpu", options, slack * 95),
             Part("profile", slack * 22, profile),
-            ncu_part(options, folder, slack * 30),
+            ncu_part(options, folder, slack * 27),
         ],
         "train": [
-            build_part(options, slack * 55),
-            jobs_part("training", "bench_training_step.py", options, slack * 315, half),
+            build_part(options, slack * 57),
+            jobs_part("training", "bench_training_step.py", options, slack * 310, half),
             jobs_part("curves", "bench_training_curves.py", options, slack * 75, halves),
         ],
-        "sanitize": [build_part(options, slack * 60), sanitizer_part(options, slack * 220)],
+        "sanitize": [build_part(options, slack * 60), sanitizer_part(options, slack * 215)],
     }
 
 
@@ -363,7 +369,8 @@ class Stage:
             return
         self.note(part.name, f"running since {datetime.datetime.now():%H:%M:%S}")
         start = time.monotonic()
-        reason = self.call(part, seconds)
+        reserve = 0.0 if part.otherwise is None else part.otherwise.seconds
+        reason = self.call(part, seconds - reserve)
         outcome, works = f"FAILED: {reason}", reason is None
         if works:
             outcome = f"passed in {time.monotonic() - start:.0f} s"
@@ -372,8 +379,10 @@ class Stage:
         elif part.name == "ncu":  # often for root alone
             outcome = f"skipped: {reason} (may this user read performance counters?)"
         elif part.otherwise is not None:
-            left = seconds - (time.monotonic() - start)
-            works = left > 0 and self.call(part.otherwise, left) is None
+            left = max(seconds - (time.monotonic() - start), reserve)
+            works = self.call(part.otherwise, left) is None
+            if works and part.otherwise.after is not None:
+                part.otherwise.after()
             outcome += f"; {part.otherwise.name}: {'passed' if works else 'failed too'}"
         self.built = works or part.name != "build"
         self.note(part.name, outcome + (f" ({part.note})" if part.note else ""))

@@ -901,6 +901,18 @@ def _require_grad_flag(wanted: bool, name: str) -> None:
 
 
 _OWNED = "fcnseg: the workspaces are autograd's alone"
+# What tells whether a workspace is about to be freed has no public name in PyTorch. Where a version
+# lacks one of these, nothing is overwritten.
+_CAN_TELL = all(
+    hasattr(module, name)
+    for module, name in (
+        (torch._C, "_len_torch_dispatch_stack"),
+        (torch._C._autograd, "_get_current_graph_task_keep_graph"),
+        (torch._C._autograd, "_top_saved_tensors_default_hooks"),
+        (torch._C._functorch, "is_legacy_batchedtensor"),
+        (torch._C._functorch, "peek_interpreter_stack"),
+    )
+)
 
 
 def loss_alone(loss: Tensor, *workspaces: Tensor) -> Tensor:
@@ -909,7 +921,7 @@ def loss_alone(loss: Tensor, *workspaces: Tensor) -> Tensor:
     So autograd alone holds them from here on, unless hooks see what it saves, and may write over
     them. Who calls an operator of ``torch.ops`` and keeps what it returns finds it unchanged.
     """
-    if not torch.compiler.is_compiling() and loss.grad_fn is not None:
+    if _CAN_TELL and not torch.compiler.is_compiling() and loss.grad_fn is not None:
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         node: Any = loss.grad_fn  # whose metadata PyTorch declares as a method
         node.metadata[_OWNED] = hooks is None

@@ -10,12 +10,13 @@
 3. Inside a cell the weight of the lower sample is linear: weight + r slope for the r-th row.
 4. Lanes. Cells are numbered along rows, then images; a program takes BLOCK / SPLIT consecutive
    cells and a lane takes one cell, or one of the SPLIT vertical strips of a wide one. It holds
-   ROWS x COLUMNS pixels at a time in registers: ROWS variables [COLUMNS, BLOCK]. With the lanes in
-   the last dimension and BLOCK = 32 num_warps, Triton's default layout keeps COLUMNS in a thread,
-   so that a sum over the columns of a cell needs no exchange. Larger cells loop. Where columns are
-   summed, pixels are loaded and stored flat, [COLUMNS BLOCK]: else 3.6 deals columns to lanes.
+   ROWS x COLUMNS pixels at a time in registers: as many values [BLOCK] in the loss, else ROWS of
+   [COLUMNS, BLOCK]. With the lanes in the last dimension and BLOCK = 32 num_warps, Triton's default
+   layout keeps COLUMNS in a thread, so that a sum over the columns of a cell needs no exchange.
+   Larger cells loop. Where columns are summed, pixels are loaded and stored flat, [COLUMNS BLOCK]:
+   else Triton 3.6 deals columns to lanes.
 5. A label is bad outside [0, C) and different from ignore_index. Each program writes how many it
-   met and the lowest flat index; a program of the gathering kernel adds them up, in the same order
+   met and the lowest flat index; a program of the launch after it adds them up, in the same order
    every time, and puts the sum where all launches of the device keep theirs. Launches on several
    streams may do that at the same moment, so it takes one integer atomic, and only where a label is
    bad.

@@ -121,7 +121,10 @@ def launch(
     kernel: Any, grid: tuple[int, ...], tensors: Sequence[Tensor], scalars: tuple[Any, ...],
     **constexprs: Any,
 ) -> None:  # fmt: skip
-    """``kernel[grid](*tensors, *scalars, **constexprs)``; the ``Launch`` is kept on CUDA."""
+    """``kernel[grid](*tensors, *scalars, **constexprs)``; the ``Launch`` is kept on CUDA.
+
+    A scalar has the same type at every call: a key that holds 1 also finds what 1.0 was kept for.
+    """
     device = tensors[0].device
     if keeps_plans(device):
         dtypes = tuple([tensor.dtype for tensor in tensors])

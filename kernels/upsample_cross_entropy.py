@@ -197,6 +197,7 @@ def _forward_plan(
     loss = Launch(
         _loss_kernel, (1,), (deal.tiles, H, W, *target_strides),
         SCALAR=not per_pixel, MEAN=mean, WITH_GRAD=with_grad, HEAD=HEAD, BLOCK=1024, num_warps=4,
+        maxnreg=128,  # else ptxas spills a few for more warps, of which one program has no use
     )  # fmt: skip
     return _Forward(deal, cells, loss)
 

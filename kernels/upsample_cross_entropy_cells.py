@@ -21,8 +21,8 @@ Who owns what. A lane owns a cell (common.py, 4) and keeps the sums of its pixel
 0 over the classes finds the shift and the spread of the cell; pass 1 sums exponentials; pass 2 runs
 eqs. 5, 6 and writes. A program walks down the cell rows of a band and adds what the next row gives
 to the samples above it to what it stored there before. Neighbouring lanes share samples: a lane
-adds its left neighbour's sums to those of its right one (an exchange in registers). So only the
-upper sums of a band's first cell row (`top`) and the left sums of a program's first cells
+adds the left sums of the lane after it to its own right ones (an exchange in registers). So only
+the upper sums of a band's first cell row (`top`) and the left sums of a program's first cells
 (`border`) lie outside the sums at the samples; upsample_cross_entropy_gather.py adds them. Nothing
 of full resolution is written and no atomics are used.
 
@@ -55,6 +55,7 @@ from fcnseg.kernels.upsample_cross_entropy_plain import row_pixel_by_pixel
 from fcnseg.kernels.upsample_cross_entropy_powers import row_by_powers
 
 SPREAD = tl.constexpr(32.0)  # natural units: e^32 = 2^46; float32 holds 2^-126
+LARGE = tl.constexpr(1e38)  # of the sum of four samples
 
 
 @common.kernel
@@ -142,7 +143,8 @@ def _upsample_cross_entropy_kernel(
             high = tl.maximum(tl.maximum(a00, a01), tl.maximum(a10, a11))
             low = tl.minimum(tl.minimum(a00, a01), tl.minimum(a10, a11))
             total = (a00 + a01) + (a10 + a11)
-            regular = regular & (high - low <= SPREAD) & (total == total)
+            # not where a sample is NaN or infinite, or so large that its product with log2 e is
+            regular = regular & (high - low <= SPREAD) & (tl.abs(total) < LARGE)
             peak = tl.maximum(peak, high)
             if HAS_WEIGHT:
                 weight_sum += tl.load(weight_ptr + c).to(tl.float32)

@@ -454,6 +454,13 @@ def test_not_finite_logits(value: float, position: tuple[int, int]) -> None:
     assert torch.equal(label, reference.upsample_argmax(logits, (12, 12), *PLAIN, torch.int64))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logits_whose_sums_and_products_overflow(reduction: str) -> None:
+    logits, target = make_case(1, 3, 2, 3, 12, 18)
+    check_loss(torch.full_like(logits, 3e38), target, reduction=reduction)
+    check_loss(torch.full_like(logits, -3e38), target, reduction=reduction)
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
 def test_argmax_of_ties(dtype: torch.dtype) -> None:
     logits = torch.randn(1, 2, 3, 3).repeat(1, 3, 1, 1)

@@ -278,17 +278,30 @@ def test_figures_are_in_the_summary_and_outcomes_in_the_results(out: Path) -> No
 def test_a_build_may_do_without_cuda_but_nothing_follows_one_that_fails(out: Path) -> None:
     built: list[int] = []
     works = python("import os; raise SystemExit('FORCE_ONLY_CPU' not in os.environ)")
-    plain = gpu.Part("build without CUDA C++", 60, works, environment={"FORCE_ONLY_CPU": "1"})
+    plain = gpu.Part(
+        "build without CUDA C++", 30, works, environment={"FORCE_ONLY_CPU": "1"},
+        after=lambda: built.append(2),
+    )  # fmt: skip
     after = gpu.Part("after", 60, python("print('it ran')"))
     build = gpu.Part("build", 60, works, otherwise=plain, after=lambda: built.append(1))
     assert run_stages({"check": [build, after]}) == 1
-    assert built == []  # not with CUDA C++: the next stage tries again
+    assert built == [2]  # without CUDA C++: the next stage need not fail as slowly
     summary = (out / "check_summary.txt").read_text()
     assert "build: FAILED: exit status 1; build without CUDA C++: passed\n" in summary
     assert "after: passed in " in summary
     assert run_stages({"check": [gpu.Part("build", 60, works), after]}) == 1
     summary = (out / "check_summary.txt").read_text()
     assert "build: FAILED: exit status 1\nafter: skipped: the build failed\n" in summary
+
+
+def test_a_build_that_hangs_leaves_time_for_the_one_without_cuda(out: Path) -> None:
+    code = "import os, time; time.sleep(0 if 'FORCE_ONLY_CPU' in os.environ else 60)"
+    plain = gpu.Part(
+        "build without CUDA C++", 20, python(code), environment={"FORCE_ONLY_CPU": "1"}
+    )
+    assert run_stages({"check": [gpu.Part("build", 21, python(code), otherwise=plain)]}) == 1
+    summary = (out / "check_summary.txt").read_text()
+    assert "build: FAILED: no end after 1 s; build without CUDA C++: passed\n" in summary
 
 
 def test_a_build_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def test_training_agrees_with_eager_loss(
             dataset,
             steps=steps,
             batch_size=2,
-            lr=0.02,
+            lr=0.001,  # at 0.005 and more, rounding turns the course within 30 steps
             seed=3,
             dtype=torch.float64,
             depth=18,
