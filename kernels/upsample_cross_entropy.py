@@ -29,7 +29,7 @@ from fcnseg.kernels.upsample_cross_entropy_gather import (
 MIN_BAND_ROWS = 3  # what is staged in `top` is then at most a third of the gradient's size
 MAX_BAND_ROWS = 8
 STAGED = 1 / 8  # what a band's first row costs more, staged in `top`, in rows
-ALONE = 1.5  # rows of a scheduler's only program take as long as 1.5 of one that shares it
+ALONE = 1.5  # a scheduler with one program takes as long as it would for one and a half
 
 
 def registers(options: dict[str, bool], num_classes: int, capability: int) -> int:
@@ -72,8 +72,8 @@ def choose_band(images: int, h: int, w: int, cells: int, multiprocessors: int) -
     """Cell rows that a program walks down: the more, the less is staged in `top`.
 
     A multiprocessor has four schedulers, and a program is one warp, which a scheduler issues for.
-    The time is that of the fullest scheduler: two of its programs at a time share its issue slots,
-    and one alone leaves a part of them empty. Among the heights that take about as long as the best
+    The time is that of the fullest scheduler: its programs share its issue slots, and one alone
+    leaves a part of them empty. Among the heights that take about as long as the best
     (5%) the largest is taken. Bands are lower than MIN_BAND_ROWS only where the programs do not
     fill the device: the problem is small then, and so is what it stages.
     """
@@ -85,8 +85,7 @@ def choose_band(images: int, h: int, w: int, cells: int, multiprocessors: int) -
         return triton.cdiv(all_programs, schedulers)
 
     def time(rows: int) -> float:
-        alone = programs(rows) % 2
-        return (programs(rows) - alone + ALONE * alone) * (rows + STAGED)
+        return max(programs(rows), ALONE) * (rows + STAGED)
 
     heights = range(1 if programs(1) == 1 else MIN_BAND_ROWS, MAX_BAND_ROWS + 1)
     times = {rows: time(rows) for rows in heights}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -187,3 +191,16 @@ def test_plans_are_kept_on_cuda_alone() -> None:
     assert [plan(cuda, 1), plan(cuda, 1), plan(cuda, 2), plan(torch.device("cuda", 1), 1)] == [
         3, 3, 4, 5
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_host_time_has_a_figure_for_every_operator(tmp_path: Path) -> None:
+    out = tmp_path / "host_time.json"
+    script = Path(__file__).parents[1] / "benchmarks" / "host_time.py"
+    subprocess.run([sys.executable, str(script), "--calls", "2", "--json", str(out)], check=True)
+    figures = json.loads(out.read_text())
+    assert {name.split(",")[0].split(" ")[0] for name in figures} == {
+        "upsample_cross_entropy", "upsample_argmax", "upsample_confusion_matrix_",
+        "conv_transpose_cross_entropy", "conv_transpose_argmax",
+    }  # fmt: skip
+    assert all(value > 0 for value in figures.values())
