@@ -29,7 +29,6 @@ from unittest import mock
 import pytest
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fcnseg.kernels import (
@@ -41,6 +40,7 @@ from fcnseg.kernels import (
     upsample_confusion_matrix,
     upsample_cross_entropy,
 )
+from tests.fake_driver import FakeDriver
 
 ARCHS = (70, 75, 80, 86, 89, 90, 100, 120)
 ALL_CONFIGURATIONS = (70, 90)
@@ -50,25 +50,6 @@ MAX_SHARED = {arch: 48 * 1024 if arch < 80 else 64 * 1024 for arch in ARCHS}
 FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.[\w.:]*\.(?:f16|bf16|f32|f64|f16x2|bf16x2)\b")
 
 Configuration = tuple[str, Any, dict[str, Any], int]  # name, kernel, arguments, register ceiling
-
-
-class FakeDriver:
-    """What Triton asks a driver before it compiles, answered for any architecture."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # a device key of its own, so that caches do not mix
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -412,6 +393,8 @@ def jobs(only: str, every: bool) -> Iterator[tuple[int, int]]:
 def main() -> int:
     every = os.environ.get("ALL", "0") not in ("", "0")
     todo = list(jobs(sys.argv[1] if len(sys.argv) > 1 else "", every))
+    if not todo:
+        sys.exit(f"no configuration's line holds {sys.argv[1]!r}")
     processes = int(os.environ.get("JOBS", os.cpu_count() or 1))
     failures = 0
     with multiprocessing.get_context("spawn").Pool(min(processes, len(todo))) as pool:

@@ -28,7 +28,7 @@ from fcnseg.kernels import (
     upsample_confusion_matrix,
     upsample_cross_entropy,
 )
-from tests.compile_kernels import FakeDriver
+from tests.fake_driver import FakeDriver
 
 PLAIN = (False, None, None)
 

@@ -161,8 +161,9 @@ def same_kernels_at_other_sizes() -> None:
     from triton.runtime import driver
 
     from tests import compile_kernels
+    from tests.fake_driver import FakeDriver
 
-    driver.set_active(compile_kernels.FakeDriver(90))
+    driver.set_active(FakeDriver(90))
 
     def compiled(
         N: int, h: int, w: int, *, crop: tuple[int, int] = (0, 0), late: int = 0, last: bool = False

@@ -30,10 +30,11 @@ from torch import Tensor
 from triton.runtime import driver
 
 from tests.compile_kernels import resources
+from tests.fake_driver import FakeDriver
 from tests.ptx_emulator import launchers
 from tests.ptx_emulator.bilinear_cases import make
 from tests.ptx_emulator.launchers import Loss, launches_on
-from tests.ptx_emulator.triton_bridge import FakeDriver, Session
+from tests.ptx_emulator.triton_bridge import Session
 
 F16, U8, I64 = torch.float16, torch.uint8, torch.int64
 PLAIN = (False, None, None)

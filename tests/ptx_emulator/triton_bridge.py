@@ -25,10 +25,10 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
+from tests.fake_driver import FakeDriver
 from tests.ptx_emulator.kernel import Kernel
 from tests.ptx_emulator.memory import Array, Memory
 from tests.ptx_emulator.report import Report
@@ -39,25 +39,6 @@ CACHE = os.environ.get(
     "PTX_EMULATOR_CACHE",
     os.path.join(tempfile.gettempdir(), f"ptx_emulator_{os.getuid()}_{triton.__version__}"),
 )
-
-
-class FakeDriver:
-    """What Triton asks a driver before it compiles."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # a device key of its own, so that caches do not mix
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 class _Allocations(TorchDispatchMode):
