@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+
+from fcnseg import _command_line
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -63,6 +67,16 @@ def compare(
         "gradient": relative,
         "saved": saved,
     }
+
+
+def run(main: Callable[[], object], doc: str) -> NoReturn:
+    """The command line of an example that takes no arguments."""
+
+    def command() -> None:
+        argparse.ArgumentParser(description=doc.partition("\n")[0]).parse_args()
+        main()
+
+    _command_line.run(command)
 
 
 def _step(model: nn.Module, loss: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

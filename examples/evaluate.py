@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, StackDataset
 from tqdm import tqdm
 
 import fcnseg
-from fcnseg import data
+from fcnseg import _command_line, data
 from fcnseg.inference import Inference, Run, load_run
 from fcnseg.metrics import Scores, format_scores, save_matrix, scores
 from fcnseg.training import CheckpointError
@@ -219,21 +219,23 @@ def main() -> int:
         )
         matrix = evaluate(network, dataset, args).cpu()
         result = scores(matrix)
-        print(format_scores(result, dataset.classes))
-        print(f"{len(dataset)} images of {root}, {args.split}: mIoU {result.mean_iou:.4f}")
-        if args.json is not None:
-            content = {
-                "run": str(args.run),
-                "epoch": network.run.epoch,
-                "dataset": config.dataset,
-                "split": args.split,
-                "images": len(dataset),
-                "inference": vars(network.inference),
-                **as_json(result, dataset.classes, matrix),
-            }
-            args.json.write_text(json.dumps(content, indent=2) + "\n")
-        if args.matrix is not None:
-            save_matrix(args.matrix, matrix, dataset.classes)
+        try:  # the files first: nobody may read the whole table
+            if args.json is not None:
+                content = {
+                    "run": str(args.run),
+                    "epoch": network.run.epoch,
+                    "dataset": config.dataset,
+                    "split": args.split,
+                    "images": len(dataset),
+                    "inference": vars(network.inference),
+                    **as_json(result, dataset.classes, matrix),
+                }
+                args.json.write_text(json.dumps(content, indent=2) + "\n")
+            if args.matrix is not None:
+                save_matrix(args.matrix, matrix, dataset.classes)
+        finally:  # where a file cannot be written, the table is all there is
+            print(format_scores(result, dataset.classes))
+            print(f"{len(dataset)} images of {root}, {args.split}: mIoU {result.mean_iou:.4f}")
     except (ValueError, TypeError, OSError, IndexError, CheckpointError) as error:
         print(f"error: {message(error)}", file=sys.stderr)
         return 1
@@ -241,4 +243,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _command_line.run(main)

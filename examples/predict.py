@@ -19,7 +19,7 @@ import torch
 from evaluate import Network, add_network_options, message, open_network
 from PIL import Image
 
-from fcnseg import data
+from fcnseg import _command_line, data
 from fcnseg.data.dataset import read_image
 from fcnseg.training import CheckpointError
 
@@ -177,4 +177,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _command_line.run(main)

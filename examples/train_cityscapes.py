@@ -14,6 +14,7 @@ For several machines and for Slurm see LAUNCH.md.
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from fcnseg import _command_line
 from fcnseg.data.synthetic import write_cityscapes
 from fcnseg.graphs import CaptureError
 from fcnseg.training import (
@@ -298,24 +300,61 @@ def draw_data(args: argparse.Namespace) -> None:
     if World.from_environment().size > 1:
         raise ValueError("data_root: several processes need a data set that is there")
     print(
-        f"No --data-root: training on drawn street scenes in {args.data_root}. For the real "
-        "thing pass --data-root DIR, which holds leftImg8bit/ and gtFine/."
+        "There is no --data-root, so this is a demonstration: it draws street scenes into\n"
+        f"{args.data_root} and trains a network on them.\n"
+        "With the settings of the demonstration it takes about 3 minutes on two CPU cores.\n"
+        "To train on Cityscapes itself, pass --data-root DIR, the folder that holds leftImg8bit/ "
+        "and gtFine/.\n",
+        flush=True,
     )
     write_cityscapes(args.data_root, **DEMO_IMAGES)  # kept if it is there already
 
 
-def _leave() -> NoReturn:
+def what_next(output: Path) -> str:
+    """What to do with the run of the demonstration, as commands that work where it ran."""
+    here, python = Path.cwd(), Path(sys.executable)
+    if python.is_relative_to(here):
+        python = python.relative_to(here)
+
+    def command(script: str, *arguments: str | Path) -> str:
+        path = Path(sys.argv[0]).with_name(script)
+        return "    " + shlex.join(map(str, (python, path, *arguments)))
+
+    return "\n".join(
+        [
+            "",
+            "What to try next:",
+            f"  look at {output / 'predictions.png'}, the images beside the true and the predicted "
+            f"classes,\n  and at {output / 'curves.png'}, how the loss fell;",
+            "  score the network, and draw which classes it takes for which:",
+            command("evaluate.py", output, "--matrix", output / "matrix.png"),
+            "  label images, here those of the validation split:",
+            command(
+                "predict.py", output, output / "data/leftImg8bit/val",
+                "--output", output / "labelled",
+            ),
+            "  train on Cityscapes itself, with --data-root DIR:",
+            command("train_cityscapes.py", "--data-root", "DIR"),
+        ]
+    )  # fmt: skip
+
+
+def _leave(status: int = 1) -> NoReturn:
     """Ends this process at once: leaving in order would wait for others that wait for this one."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 def main() -> int:
     world = World.from_environment()
+    output, demonstration = None, False
     try:
         args = read_settings()
-        if args.data_root is None:
+        output, demonstration = args.output, args.data_root is None
+        if demonstration:
             draw_data(args)
         del args.config
         result = train(TrainConfig(**vars(args)))
@@ -331,6 +370,16 @@ def main() -> int:
         if world.size > 1:
             _leave()
         return 1
+    except SystemExit as end:  # a wrong command line, or the output is closed
+        if isinstance(end, _command_line.OutputClosed) and output and (output / "last.pt").exists():
+            print(
+                "the output takes nothing more, so the training ended; "
+                f"continue it with --output {output} --resume",
+                file=sys.stderr,
+            )
+        if world.size > 1:
+            _leave(end.code if isinstance(end.code, int) else 1)
+        raise
     except BaseException:
         if world.size > 1:  # out of memory, say
             traceback.print_exc()
@@ -344,8 +393,10 @@ def main() -> int:
         return 128 + (result.signal or signal.SIGTERM)
     if world.main:
         print(f"weights, metrics and pictures: {result.output}{os.sep}")
+        if demonstration:
+            print(what_next(args.output))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _command_line.run(main)

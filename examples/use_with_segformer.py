@@ -8,7 +8,7 @@ python examples/use_with_segformer.py     (needs transformers; weights are rando
 from __future__ import annotations
 
 import torch
-from _compare import DEVICE, allow_torchvision_beside_cpu_torch, compare, make_batch
+from _compare import DEVICE, allow_torchvision_beside_cpu_torch, compare, make_batch, run
 
 import fcnseg
 
@@ -36,4 +36,4 @@ def main(height: int = 512, width: int = 512) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __doc__)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from _compare import DEVICE, allow_torchvision_beside_cpu_torch, compare, make_batch
+from _compare import DEVICE, allow_torchvision_beside_cpu_torch, compare, make_batch, run
 
 import fcnseg
 
@@ -35,4 +35,4 @@ def main(height: int = 256, width: int = 512) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, __doc__)

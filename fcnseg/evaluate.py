@@ -40,7 +40,7 @@ import torch
 from tqdm import tqdm
 
 import fcnseg
-from fcnseg import _extension, _labels
+from fcnseg import _command_line, _extension, _labels
 from fcnseg.data.cityscapes import TRAIN_ID_TO_LABEL_ID
 from fcnseg.data.dataset import DataError, decode, read_bytes
 from fcnseg.metrics import Scores, format_scores, save_matrix, scores
@@ -793,14 +793,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = evaluate_folders(
                 options.predictions, options.truth, classes, options.ignore_index, **common
             )
-        if found.pairs:
-            print(found.table)
-        if options.json is not None:
-            failed = [{"truth": str(f.truth), "reason": f.reason} for f in found.failures]
-            content = {**found.result, "pairs": found.pairs, "failed": failed}
-            Path(options.json).write_text(json.dumps(_finite(content), indent=2) + "\n")
-        if options.matrix is not None:
-            save_matrix(options.matrix, torch.from_numpy(found.matrix), classes)
+        try:  # the files first: nobody may read the whole table
+            if options.json is not None:
+                failed = [{"truth": str(f.truth), "reason": f.reason} for f in found.failures]
+                content = {**found.result, "pairs": found.pairs, "failed": failed}
+                Path(options.json).write_text(json.dumps(_finite(content), indent=2) + "\n")
+            if options.matrix is not None:
+                save_matrix(options.matrix, torch.from_numpy(found.matrix), classes)
+        finally:  # where a file cannot be written, the table is all there is
+            if found.pairs:
+                print(found.table)
     except (ValueError, OSError) as error:  # DataError is a ValueError
         parser.error(str(error))
     total = found.pairs + len(found.failures)
@@ -820,4 +822,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _command_line.run(main)

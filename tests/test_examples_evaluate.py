@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +71,21 @@ def call(
         return code, *capsys.readouterr()
 
     return run_example
+
+
+def test_commands_after_the_demonstration_work(
+    run: Path, call: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "run" / "data").symlink_to(run / "scenes")
+    monkeypatch.setattr(sys, "argv", ["examples/train_cityscapes.py"])
+    text = importlib.import_module("train_cityscapes").what_next(run / "run")
+    commands = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("    ")]
+    for script, *arguments in commands[:2]:
+        assert call(Path(script).stem, *arguments)[0] == 0
+    assert (run / "run" / "matrix.png").exists()
+    assert len(list((run / "run" / "labelled").rglob("*_overlay.png"))) == 3
+    for picture in ("predictions.png", "curves.png"):
+        assert str(run / "run" / picture) in text and (run / "run" / picture).exists()
 
 
 # -- evaluate.py -----------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """The training loop, its schedule and configuration, and the example's command line."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -25,6 +27,7 @@ pytest.importorskip("tensorboard")
 
 import fcnseg
 from fcnseg import _labels
+from fcnseg._command_line import BROKEN_PIPE, OutputClosed
 from fcnseg.losses import SegmentationLoss
 from fcnseg.models import LoadReport
 from fcnseg.training import (
@@ -897,6 +900,19 @@ def test_load_report_counts_and_names() -> None:
     assert "mismatched: 1 (classifier.weight)" in text
 
 
+def test_no_epoch_is_lost_where_nobody_reads_the_output(tmp_path: Path, unbroken: Path) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OutputClosed(BROKEN_PIPE)
+
+    with contextlib.redirect_stdout(Closed()), pytest.raises(OutputClosed):
+        trainer(settings(tmp_path)).run()
+    resumed = trainer(settings(tmp_path, resume=True))
+    assert resumed.progress.epoch == 1
+    resumed.run()
+    assert losses(tmp_path) == losses(unbroken)
+
+
 # -- the example -------------------------------------------------------------------------------
 
 
@@ -947,6 +963,8 @@ def test_example_trains_and_fine_tunes_its_own_weights(tmp_path: Path) -> None:
     first = example(*small, "--output", tmp_path / "a")
     assert first.returncode == 0, first.stderr
     assert "mIoU" in first.stdout and "--data-root DIR" in first.stdout
+    assert "about 3 minutes on two CPU cores" in first.stdout
+    assert f"look at {tmp_path / 'a' / 'predictions.png'}" in first.stdout
     for name in ("config.json", "predictions.png", "curves.png"):
         assert (tmp_path / "a" / name).stat().st_size > 0
     assert json.loads((tmp_path / "a" / "config.json").read_text())["head"] == "plain"
@@ -957,6 +975,7 @@ def test_example_trains_and_fine_tunes_its_own_weights(tmp_path: Path) -> None:
     assert tuned.returncode == 0, tuned.stderr
     assert "missing: 2 (aux_classifier.weight, aux_classifier.bias)" in tuned.stdout
     assert "unexpected: 0" in tuned.stdout
+    assert "3 minutes" not in tuned.stdout and "try next" not in tuned.stdout
     again = example("--config", tmp_path / "b" / "config.json", "--output", tmp_path / "c")
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path / "c") == losses(tmp_path / "b")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fcnseg import _command_line
+
 from . import _DATASETS, SegmentationDataset, open_dataset
 from .report import Report, SplitCounts, count_pixels
 from .split import IntArray, group_images, stratify, write_split
@@ -66,13 +68,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write_report(report: Report, options: argparse.Namespace) -> None:
-    print(report.table())
-    for warning in report.warnings():
-        print(f"warning: {warning}", file=sys.stderr)
-    if options.png is not None:
-        report.save(options.png)
-    if options.json is not None:
-        options.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    try:  # the files first: nobody may read the whole table
+        if options.png is not None:
+            report.save(options.png)
+        if options.json is not None:
+            options.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    finally:  # where a file cannot be written, the table is all there is
+        print(report.table())
+        for warning in report.warnings():
+            print(f"warning: {warning}", file=sys.stderr)
 
 
 def _resplit(
@@ -138,4 +142,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _command_line.run(main)

@@ -749,8 +749,8 @@ class Trainer:
             record |= {"miou": result.mean_iou, "pixel_accuracy": result.pixel_accuracy}
             if self.metrics is not None:
                 self.board.add_scalar("val/miou", result.mean_iou, progress.step)
-            line += f"  mIoU {result.mean_iou:.4f}{'*' if better else ' '}"
-        line += f"  {images_per_second:.1f} images/s  peak {record['peak_memory_mb']:.0f} MB"
+            line += f"  mIoU {result.mean_iou:.4f}{' (best)' if better else ''}"
+        line += f"  {images_per_second:.1f} images/s  peak memory {record['peak_memory_mb']:.0f} MB"
         if self.waited > _STARVED:
             line += f"  {self.waited:.0%} of the time waiting for data"
         if progress.skipped_in_epoch:
@@ -758,13 +758,16 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write(record)
             self.board.add_scalar("train/images_per_second", images_per_second, progress.step)
-            print(line, flush=True)
         if progress.batch == progress.steps_per_epoch:
             progress.epoch, progress.batch = progress.epoch + 1, 0
             progress.loss_sum, progress.loss_count, progress.skipped_in_epoch = 0.0, 0, 0
             if self.matrix is not None:
                 self.matrix.zero_()
-        self.save_last()
+        try:  # first: the run ends at this line where nobody reads it any more
+            self.save_last()
+        finally:
+            if self.world.main:
+                print(line, flush=True)
 
     def validate(self) -> Scores | None:
         """Scores on the validation set, at the labels' own resolution; None if interrupted.
@@ -829,7 +832,7 @@ class Trainer:
             return None
         result = Scores(**best["scores"])
         print(format_scores(result, self.val_set.classes))
-        print(f"best of epoch {best['epoch']}: mIoU {result.mean_iou:.4f}")
+        print(f"the best epoch was {best['epoch']}: mIoU {result.mean_iou:.4f}")
         return result
 
 
