@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-SOURCES := $(shell find csrc kernels -type f) setup.py pyproject.toml
+SOURCES := $(shell find csrc kernels -type f) setup.py build_backend.py pyproject.toml
 
 .NOTPARALLEL:  # one virtual environment, one pip at a time
 .PHONY: help demo test test-full compile-kernels bench bench-full bench-report gpu gpu-check gpu-measure gpu-train gpu-sanitize lint format docs package clean

@@ -12,11 +12,13 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import Any
 
-import pybind11
-import torch
+import setuptools
 from setuptools import Extension, setup
-from torch.utils import cpp_extension
+from setuptools.command.build import build
+
+import build_backend
 
 TORCH_TARGET = "0x020a000000000000"  # the oldest stable ABI that the sources use: torch 2.10
 DEFAULT_CUDA_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0+PTX"
@@ -34,6 +36,8 @@ DEBUG = flag("DEBUG")
 
 def find_cuda_home() -> str | None:
     """The CUDA toolkit, or None. A CPU build of torch hides it even where CUDA_HOME is set."""
+    from torch.utils import cpp_extension
+
     homes = [cpp_extension.CUDA_HOME, os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     if nvcc := shutil.which("nvcc"):
         homes.append(os.path.dirname(os.path.dirname(os.path.realpath(nvcc))))
@@ -54,6 +58,8 @@ def choose_cuda() -> str | None:
     home = find_cuda_home()
     if FORCE_CUDA and home is None:
         sys.exit("fcnseg: FORCE_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME")
+    import torch
+
     # Without FORCE_CUDA a toolkit beside a CPU-only torch is of no use to anybody.
     return home if FORCE_CUDA or torch.version.cuda is not None else None
 
@@ -63,7 +69,21 @@ def compiler_found() -> bool:
     return any(shutil.which(name.split()[0]) for name in (compiler, "g++", "clang++"))
 
 
+def pybind11_include() -> str:
+    """The headers of pybind11; torch brings a copy, which serves where pybind11 is not installed."""
+    try:
+        import pybind11
+    except ModuleNotFoundError:
+        import torch
+
+        return os.path.join(os.path.dirname(torch.__file__), "include")
+    return pybind11.get_include()
+
+
 def extensions() -> list[Extension]:
+    import torch
+    from torch.utils import cpp_extension
+
     cuda_home = choose_cuda()
     cxx = ["-std=c++17", "-fvisibility=hidden", "-Wall"]
     cxx += ["-O0", "-g"] if DEBUG else ["-O3", "-g0"]
@@ -87,9 +107,9 @@ def extensions() -> list[Extension]:
         options["include_dirs"] = [os.path.join(cuda_home, "include")]
         options["library_dirs"] = [os.path.join(cuda_home, "lib64")]
         options["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
-        if torch.version.cuda is not None:
-            options["libraries"].append("torch_cuda")  # for the current stream
-            macros.append(("FCNSEG_LINKS_TORCH_CUDA", None))
+        # Nothing of torch's CUDA part is linked, and the runtime is our own: toolkit and torch may
+        # be of different CUDA versions. BuildExtension refuses that unless torch names none.
+        torch.version.cuda = None
     core = cpp_extension.CppExtension(
         "fcnseg._C",
         sources,
@@ -109,7 +129,7 @@ def extensions() -> list[Extension]:
     pybind = Extension(
         "fcnseg._pybind",
         ["csrc/pybind.cpp"],
-        include_dirs=[pybind11.get_include()],
+        include_dirs=[pybind11_include()],
         define_macros=[(name, f'"{value}"') for name, value in info.items()],
         extra_compile_args={"cxx": cxx},
         extra_link_args=options["extra_link_args"],
@@ -127,6 +147,7 @@ def cuda_version(cuda_home: str) -> str:
 
 def ext_modules() -> list[Extension]:
     if compiler_found():
+        build_backend.import_torch()
         return extensions()
     if FORCE_CUDA or FORCE_ONLY_CPU:
         sys.exit("fcnseg: a build was forced, but there is no C++ compiler (set CXX)")
@@ -137,6 +158,35 @@ def ext_modules() -> list[Extension]:
     )
     return []
 
+
+def build_extension() -> type:
+    from torch.utils import cpp_extension
+
+    return cpp_extension.BuildExtension
+
+
+class CleanBuild(build):
+    """What an earlier build of this folder left, perhaps with another torch, is not installed."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+def compiles() -> bool:
+    """Whether this run of setup.py is more than a look at names and files, which needs no torch."""
+    return not {"dist_info", "egg_info", "sdist"} & set(sys.argv[1:2])
+
+
+extension_modules = ext_modules() if compiles() else []
+commands: dict[str, Any] = {"build": CleanBuild}
+if extension_modules:
+    commands["build_ext"] = build_extension()
+
+# Here and not in pyproject.toml, where setuptools before 77 does not take an SPDX expression.
+license_key = (
+    "license" if build_backend.release(setuptools.__version__) < (77, 0) else "license_expression"
+)
 
 setup(
     packages=[
@@ -149,6 +199,8 @@ setup(
     ],
     package_dir={"fcnseg.kernels": "kernels"},
     package_data={"fcnseg": ["py.typed"]},
-    ext_modules=ext_modules(),
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    license_files=["LICENSE"],
+    ext_modules=extension_modules,
+    cmdclass=commands,
+    **{license_key: "Apache-2.0"},
 )

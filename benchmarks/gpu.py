@@ -156,7 +156,8 @@ def build_state(machine: Mapping[str, object]) -> dict[str, object]:
     """
     digest = hashlib.sha256()
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    for path in [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted(sources)]:
+    builders = [ROOT / name for name in ("setup.py", "build_backend.py", "pyproject.toml")]
+    for path in [*builders, *sorted(sources)]:
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     made = {path.name: [path.stat().st_size, path.stat().st_mtime_ns]
             for path in sorted((ROOT / "fcnseg").glob("_*.so"))}  # fmt: skip

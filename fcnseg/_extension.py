@@ -2,51 +2,104 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-REBUILD_COMMAND = "pip install --no-build-isolation --force-reinstall --no-deps ."
+if TYPE_CHECKING:
+    from fcnseg._missing import Missing
+
+#: Of the reference against the compiled CPU operators, rounded: docs/benchmarks.md.
+SLOWDOWN = "SLOWDOWN"
 
 
-def _load_operators() -> str | None:
-    """Load ``fcnseg._C`` into the dispatcher; the reason why it could not be, or None."""
-    spec = importlib.util.find_spec("fcnseg._C")
-    if spec is None or spec.origin is None:
-        return "fcnseg._C was not built (no C++ compiler at install time?)"
+def _built(name: str) -> str | None:
+    """The file of an extension module of this very package, or None.
+
+    Python finds the one of another clone too, where that is installed as editable.
+    """
+    spec = importlib.util.find_spec(f"fcnseg.{name}")
+    file = None if spec is None else spec.origin
+    return file if file and Path(file).parent.samefile(Path(__file__).parent) else None
+
+
+def _load_operators() -> Missing | None:
+    """Load ``fcnseg._C`` into the dispatcher; why it could not be, or None."""
+    library = _built("_C")
+    if library is None:
+        from fcnseg import _missing
+
+        return _missing.operators_not_found()
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(library)
     except (ImportError, OSError) as error:
-        return f"{spec.origin} does not load: {error}"
+        from fcnseg import _missing
+
+        return _missing.operators_not_loaded(library, error)
     return None
 
 
 def _load_pybind() -> ModuleType | None:
     try:
-        return importlib.import_module("fcnseg._pybind")
+        return importlib.import_module("fcnseg._pybind") if _built("_pybind") else None
     except ImportError:
         return None
 
 
 #: Why the compiled operators are missing; None where they are loaded.
-missing_reason: str | None = _load_operators()
+missing: Missing | None = _load_operators()
 pybind: ModuleType | None = _load_pybind()
 
-if missing_reason is not None:
+if missing is not None:
     warnings.warn(
-        f"fcnseg runs on its slow PyTorch reference: {missing_reason}. "
-        f"Rebuild with: {REBUILD_COMMAND}",
+        f"fcnseg runs on its PyTorch reference, {SLOWDOWN} slower than its compiled operators. "
+        f"{missing.cause} To mend it: {missing.command}",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
 def _cpu_capability() -> str | None:
-    return None if missing_reason is not None else torch.ops.fcnseg_cpu.cpu_capability()
+    return None if missing is not None else torch.ops.fcnseg_cpu.cpu_capability()
+
+
+def _missing_on_cuda() -> list[Missing]:
+    """What a CUDA build of torch could run besides, were it there."""
+    from fcnseg import _missing, _ops
+
+    if torch.version.cuda is None:
+        return []
+    kinds = {name: kind["cuda"] for name, kind in _ops.implementations().items()}
+    missing_there = []
+    if importlib.util.find_spec("triton") is None:
+        missing_there.append(_missing.triton())
+    if kinds["confusion_matrix"] == "reference" and missing is None:
+        missing_there.append(_missing.cuda_code())
+    return missing_there
+
+
+@functools.cache
+def _warn_of_cuda() -> None:
+    for note in _missing_on_cuda():
+        warnings.warn(f"{note.cause} To mend it: {note.command}", RuntimeWarning, stacklevel=3)
+
+
+def warns_of_reference_on_cuda(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """``implementation``, whose first call in the process warns of what is missing on CUDA."""
+
+    @functools.wraps(implementation)
+    def run(*args: Any) -> Any:
+        _warn_of_cuda()
+        return implementation(*args)
+
+    return run
 
 
 def build_info() -> dict[str, Any]:
@@ -54,11 +107,14 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dictionary: ``version``; ``torch`` (running) and ``built`` (None where nothing was
-        compiled, else compiler, torch, CUDA version, CUDA architectures); ``missing_reason``;
-        ``cpu_capability``, the instruction set that the CPU operators use (avx512, avx2 or
-        default; the environment variable FCNSEG_CPU_CAPABILITY forces one); ``operators``: for
-        each operator the implementation behind ``cpu`` and ``cuda`` tensors, ``"c++"``,
-        ``"cuda"``, ``"triton"`` or ``"reference"`` (pure PyTorch, slow).
+        compiled, else compiler, torch, CUDA version, CUDA architectures); ``missing_reason``, a
+        sentence that tells why the compiled CPU operators are missing, and ``mend``, the command
+        that brings them (both None where they are there); ``notes``, sentences that tell what
+        CUDA devices lack and how to mend it; ``cpu_capability``, the instruction set that the CPU
+        operators use (avx512, avx2 or default; the environment variable FCNSEG_CPU_CAPABILITY
+        forces one); ``operators``: for each operator the implementation behind ``cpu`` and
+        ``cuda`` tensors, ``"c++"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (pure PyTorch,
+        slow).
 
     Examples:
         >>> import fcnseg
@@ -76,7 +132,9 @@ def build_info() -> dict[str, Any]:
         "version": __version__,
         "torch": torch.__version__,
         "built": built,
-        "missing_reason": missing_reason,
+        "missing_reason": None if missing is None else missing.cause,
+        "mend": None if missing is None else missing.command,
+        "notes": [f"{note.cause} To mend it: {note.command}" for note in _missing_on_cuda()],
         "cpu_capability": _cpu_capability(),
         "operators": _ops.implementations(),
     }

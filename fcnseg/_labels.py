@@ -22,7 +22,8 @@ from torch import Tensor
 _FIELDS = 5  # count, value, and the position (n, y, x) of the first one
 _records: dict[torch.device, Tensor] = {}
 _making_a_record = threading.Lock()
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+# A source tree that was not installed has its kernels in another place.
+HAS_TRITON = all(map(importlib.util.find_spec, ("triton", "fcnseg.kernels")))
 
 
 def error_message(

@@ -101,12 +101,14 @@ def _register(
     cuda_kind: str = "reference",
 ) -> None:
     """Register ``compiled`` for CPU tensors where the extension is loaded, else ``cpu``."""
-    use_compiled = compiled is not None and _extension.missing_reason is None
+    use_compiled = compiled is not None and _extension.missing is None
     _library.impl(name, compiled if use_compiled else cpu, "CPU")
-    _library.impl(name, cuda, "CUDA")
     if "backward" not in name and "gradient" not in name:
         kind = "c++" if use_compiled else "reference"
         _implementations[name] = {"cpu": kind, "cuda": cuda_kind}
+        if cuda_kind == "reference":
+            cuda = _extension.warns_of_reference_on_cuda(cuda)
+    _library.impl(name, cuda, "CUDA")
 
 
 _triton_kind = "triton" if HAS_TRITON else "reference"
@@ -695,9 +697,7 @@ def _upsample_confusion_matrix_compiled(
         matrix.add_(counts)
 
 
-_compiled_cuda = _extension.missing_reason is None and hasattr(
-    torch.ops.fcnseg_cuda, "confusion_matrix_"
-)
+_compiled_cuda = _extension.missing is None and hasattr(torch.ops.fcnseg_cuda, "confusion_matrix_")
 _confusion_matrix_cuda = (
     _confusion_matrix_compiled_cuda if _compiled_cuda else _confusion_matrix_reference_cuda
 )

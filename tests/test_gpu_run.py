@@ -306,7 +306,8 @@ def test_a_build_that_hangs_leaves_time_for_the_one_without_cuda(out: Path) -> N
 def test_a_build_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "STAMP", tmp_path / "build" / "gpu.json")
-    for name in ("setup.py", "pyproject.toml", "csrc/cpu/a.cpp", "fcnseg/_C.so", "fcnseg/_x.so"):
+    builders = ("setup.py", "build_backend.py", "pyproject.toml")
+    for name in (*builders, "csrc/cpu/a.cpp", "fcnseg/_C.so", "fcnseg/_x.so"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
 

@@ -1,21 +1,13 @@
 // fcnseg_cuda::confusion_matrix_ and record_invalid_: the dispatcher's side of confusion_matrix.h.
 // The host's compiler builds it: no CUDA headers.
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "confusion_matrix.h"
-
-// In libtorch_cuda. A build against a CPU torch cannot link that and must load without it; in a
-// build against a CUDA torch a strong reference makes the linker keep the library.
-#if defined(FCNSEG_LINKS_TORCH_CUDA)
-extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-#else
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                            void** stream);
-#endif
 
 namespace fcnseg {
 namespace {
@@ -27,13 +19,19 @@ constexpr int64_t kMaxClasses = 46340;  // squared, fits an int
 constexpr int64_t kCounters = 3;
 constexpr int64_t kRecord = 5;
 
+// From libtorch_cuda, which a CUDA build of torch has loaded and a CPU build lacks: it is looked
+// up, not linked, so that one build of this library loads beside both.
 void* current_stream(int32_t device) {
-#if !defined(FCNSEG_LINKS_TORCH_CUDA)
-  STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr,
-                  "fcnseg: this PyTorch has no CUDA support");
-#endif
+  using CurrentStream = int32_t (*)(int32_t device_index, void** stream);
+  static const auto get = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol =
+        torch_cuda == nullptr ? nullptr : dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream");
+    return reinterpret_cast<CurrentStream>(symbol);
+  }();
+  STD_TORCH_CHECK(get != nullptr, "fcnseg: this PyTorch has no CUDA support");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
 
