@@ -6,10 +6,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 SOURCES := $(shell find csrc kernels -type f) setup.py build_backend.py pyproject.toml
 
 .NOTPARALLEL:  # one virtual environment, one pip at a time
-.PHONY: help demo test test-full compile-kernels bench bench-full bench-report gpu gpu-check gpu-measure gpu-train gpu-sanitize lint format docs package clean
+.PHONY: help demo test test-install test-full compile-kernels bench bench-full bench-report gpu gpu-check gpu-measure gpu-train gpu-sanitize lint format docs package clean
 help:
 	@echo "make demo       train ResNet-101 FCN on generated street scenes, about 3 minutes"
 	@echo "make test       the test suite"
+	@echo "make test-install  a plain pip install in new environments, with a compiler and without"
 	@echo "make test-full  with the slow tests"
 	@echo "make bench      12 benchmarks, under 10 minutes; bench-full: all of them"
 	@echo "make bench-report   their tables and plots, into README.md and docs/"
@@ -45,6 +46,11 @@ $(VENV)/install.stamp: $(SOURCES) $(VENV)/build.stamp
 	$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
+# What pip fetches for a build in isolation, so that the tests of the install need no network.
+$(VENV)/wheels.stamp: requirements/build.txt requirements/isolated.txt $(VENV)/build.stamp
+	$(PIP) download --no-deps --dest $(VENV)/wheels -r requirements/isolated.txt
+	@touch $@
+
 $(VENV)/docs.stamp: requirements/docs.txt $(VENV)/build.stamp
 	$(PIP) install -r requirements/docs.txt
 	@touch $@
@@ -55,7 +61,10 @@ demo: $(VENV)/install.stamp $(VENV)/train.stamp
 test: $(VENV)/install.stamp $(VENV)/test.stamp
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
 
-test-full: $(VENV)/install.stamp $(VENV)/test.stamp $(VENV)/triton-3.6.stamp
+test-install: $(VENV)/install.stamp $(VENV)/test.stamp $(VENV)/wheels.stamp
+	$(BIN)/python -m pytest -q -m install
+
+test-full: $(VENV)/install.stamp $(VENV)/test.stamp $(VENV)/wheels.stamp $(VENV)/triton-3.6.stamp
 	$(BIN)/python -m pytest -q
 
 bench: $(VENV)/install.stamp $(VENV)/test.stamp
