@@ -70,7 +70,7 @@ def compiler_found() -> bool:
 
 
 def pybind11_include() -> str:
-    """The headers of pybind11; torch brings a copy, which serves where pybind11 is not installed."""
+    """The headers of pybind11; torch brings a copy, for where pybind11 is not installed."""
     try:
         import pybind11
     except ModuleNotFoundError:

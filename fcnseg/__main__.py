@@ -17,7 +17,7 @@ from torch import Tensor
 import fcnseg
 from fcnseg import _command_line
 
-N, C, H, W, S = 1, 19, 128, 256, 8  # of the self-test; S is the stride of the logits
+N, C, H, W, S = 1, 19, 256, 512, 8  # of the self-test; S is the stride of the logits
 IGNORED = 255
 TOLERANCE = 1e-5  # relative to the largest value, float32 against float64
 SECONDS = 0.12  # for the times of each operator

@@ -184,7 +184,7 @@ def test_self_test_where_nothing_was_compiled() -> None:
     assert sorted(row[0] for row in rows) == OPERATORS
     assert {row[1] for row in rows} == {"reference"}
     table, _, below = done.stdout.rpartition("\n\n")
-    assert "reference" in table and "not built" in below
+    assert "reference" in table and "has not been built" in below
 
 
 # -- the command line ------------------------------------------------------------------------------
