@@ -67,7 +67,9 @@ def save_predictions(
         for axis, plane in zip(row, planes, strict=True):
             axis.imshow(plane, interpolation="nearest")
             axis.set_axis_off()
-    for axis, title in zip(axes[0], ("image", "truth", "prediction"), strict=True):
+    for axis, title in zip(
+        axes[0], ("image", "truth (black does not count)", "prediction"), strict=True
+    ):
         axis.set_title(title)
     figure.legend(handles=handles, loc="outside lower center", ncols=6, fontsize="small")
     figure.savefig(path)
