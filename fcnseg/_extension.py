@@ -19,20 +19,22 @@ if TYPE_CHECKING:
 #: Of the reference against the compiled operators: benchmarks/reference_slowdown.py, on AVX-512.
 SLOWDOWN = "6 to 260 times"
 
+_PACKAGE = Path(__file__).resolve().parent
 
-def _built(name: str) -> str | None:
-    """The file of an extension module of this very package, or None.
 
-    Python finds the one of another clone too, where that is installed as editable.
+def _own_file(name: str, *folders: Path) -> str | None:
+    """The file of a module of this very package, which lies in one of the folders, or None.
+
+    Where another clone is installed as editable, Python finds that one's modules too.
     """
     spec = importlib.util.find_spec(f"fcnseg.{name}")
     file = None if spec is None else spec.origin
-    return file if file and Path(file).parent.samefile(Path(__file__).parent) else None
+    return file if file and Path(file).resolve().parent in folders else None
 
 
 def _load_operators() -> Missing | None:
     """Load ``fcnseg._C`` into the dispatcher; why it could not be, or None."""
-    library = _built("_C")
+    library = _own_file("_C", _PACKAGE)
     if library is None:
         from fcnseg import _missing
 
@@ -48,7 +50,7 @@ def _load_operators() -> Missing | None:
 
 def _load_pybind() -> ModuleType | None:
     try:
-        return importlib.import_module("fcnseg._pybind") if _built("_pybind") else None
+        return importlib.import_module("fcnseg._pybind") if _own_file("_pybind", _PACKAGE) else None
     except ImportError:
         return None
 
@@ -56,6 +58,11 @@ def _load_pybind() -> ModuleType | None:
 #: Why the compiled operators are missing; None where they are loaded.
 missing: Missing | None = _load_operators()
 pybind: ModuleType | None = _load_pybind()
+
+#: Of this package's kernels too: a source tree that is not installed lacks them.
+HAS_TRITON = importlib.util.find_spec("triton") is not None and bool(
+    _own_file("kernels", _PACKAGE / "kernels", _PACKAGE.parent / "kernels")
+)
 
 if missing is not None:
     warnings.warn(

@@ -11,7 +11,6 @@ label: with one stream the first, with several the first of the call whose addit
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import threading
 from collections.abc import Sequence
@@ -19,11 +18,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fcnseg._extension import HAS_TRITON
+
 _FIELDS = 5  # count, value, and the position (n, y, x) of the first one
 _records: dict[torch.device, Tensor] = {}
 _making_a_record = threading.Lock()
-# A source tree that was not installed has its kernels in another place.
-HAS_TRITON = all(map(importlib.util.find_spec, ("triton", "fcnseg.kernels")))
 
 
 def error_message(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fcnseg import _extension, _labels, reference
-from fcnseg._labels import HAS_TRITON
+from fcnseg._extension import HAS_TRITON
 from fcnseg.reference import compute_dtype
 
 _LOSS = "int ignore_index, str reduction, float label_smoothing"

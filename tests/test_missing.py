@@ -149,3 +149,36 @@ def test_what_cuda_devices_lack_is_told_once(monkeypatch: pytest.MonkeyPatch) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert operator(1) == 2
+
+
+def test_another_clone_that_is_installed_lends_nothing(tree: Path, tmp_path: Path) -> None:
+    """As setuptools does for an editable install: a finder of that clone's modules, asked last."""
+    other = tmp_path / "other"
+    for folder in (other, other / "kernels"):
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+    for name in ("_C", "_pybind"):
+        (other / f"{name}{SUFFIX}").touch()
+    code = f"""
+import importlib.machinery, sys
+
+class OfAnotherClone:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.startswith("fcnseg."):
+            return importlib.machinery.PathFinder.find_spec(name, [{str(other)!r}])
+
+sys.meta_path.append(OfAnotherClone)
+import fcnseg._extension
+assert fcnseg._extension.pybind is None and not fcnseg._extension.HAS_TRITON
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert f"The source tree {tree} has not been built." in finished.stderr
