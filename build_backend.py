@@ -4,7 +4,7 @@
 fixed build requirement ``torch`` would put the newest torch there: gigabytes, and perhaps of
 another kind than the torch that fcnseg then runs with. So ``setup.py`` builds with the torch of the
 environment that fcnseg is installed into. Only where that has none, or one too old for fcnseg,
-torch is asked for: the same release that pip then installs for fcnseg to run with.
+torch is asked for: the newest, which pip, unless told otherwise, then installs beside fcnseg too.
 """
 
 import importlib.metadata
@@ -33,31 +33,44 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
-def torch_folder() -> str | None:
-    """The environment's folder of packages that holds a torch fit for the build, or None.
+def _folders() -> list[str]:
+    """The environment's folders of packages, as far as its Python looks into them.
 
-    pip takes these folders off ``sys.path`` for a build in isolation; ``site`` still knows them.
+    pip takes them off ``sys.path`` for a build in isolation; ``site`` still knows them.
     """
-    for folder in [*site.getsitepackages(), site.getusersitepackages()]:
+    folders = site.getsitepackages()
+    alone = sys.prefix != sys.base_prefix  # a virtual environment, which may open itself, though
+    if alone:
+        with open(os.path.join(sys.prefix, "pyvenv.cfg")) as file:
+            alone = not re.search(r"include-system-site-packages\s*=\s*true", file.read(), re.I)
+    return folders if alone else [site.getusersitepackages(), *folders]
+
+
+def torch_is_there() -> bool:
+    """Whether the environment has a torch fit for the build."""
+    for folder in _folders():
         if os.path.isdir(os.path.join(folder, "torch", "include")):
             for found in importlib.metadata.distributions(name="torch", path=[folder]):
-                if release(found.version) >= OLDEST_TORCH:
-                    return folder
-    return None
+                return release(found.version) >= OLDEST_TORCH
+    return False
 
 
 def import_torch() -> None:
     """Import the torch to build with, or end with a sentence that tells what to do."""
-    folder = torch_folder()
-    if importlib.util.find_spec("torch") is None and folder is not None:
-        sys.path.append(folder)  # at the end: the build's own packages go before torch's neighbours
+    if importlib.util.find_spec("torch") is None and torch_is_there():
+        sys.path += _folders()  # at the end: the build's own packages go before torch's neighbours
     oldest = ".".join(map(str, OLDEST_TORCH))
     try:
         import torch
     except ModuleNotFoundError as error:
+        if torch_is_there():
+            sys.exit(
+                f"fcnseg: the torch that is installed cannot be imported ({error}): run "
+                "pip install --force-reinstall torch"
+            )
         sys.exit(
-            f"fcnseg: the build needs torch {oldest} or newer, which cannot be imported ({error}): "
-            "install torch first, or leave out --no-build-isolation"
+            f"fcnseg: the build needs torch {oldest} or newer, and none is installed: install "
+            "torch first, or leave out --no-build-isolation"
         )
     if release(torch.__version__) < OLDEST_TORCH:
         sys.exit(
@@ -67,7 +80,7 @@ def import_torch() -> None:
 
 
 def _missing_requirements() -> list[str]:
-    return [] if torch_folder() else ["torch>=" + ".".join(map(str, OLDEST_TORCH))]
+    return [] if torch_is_there() else ["torch>=" + ".".join(map(str, OLDEST_TORCH))]
 
 
 def get_requires_for_build_wheel(config_settings=None):

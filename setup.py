@@ -34,6 +34,12 @@ FORCE_ONLY_CPU = flag("FORCE_ONLY_CPU")
 DEBUG = flag("DEBUG")
 
 
+def is_cuda_home(folder: str) -> bool:
+    """The nvcc on the path may be a script that calls one elsewhere: its folder has no headers."""
+    files = ("bin/nvcc", "include/cuda_runtime.h")
+    return all(os.path.exists(os.path.join(folder, file)) for file in files)
+
+
 def find_cuda_home() -> str | None:
     """The CUDA toolkit, or None. A CPU build of torch hides it even where CUDA_HOME is set."""
     from torch.utils import cpp_extension
@@ -41,12 +47,7 @@ def find_cuda_home() -> str | None:
     homes = [cpp_extension.CUDA_HOME, os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     if nvcc := shutil.which("nvcc"):
         homes.append(os.path.dirname(os.path.dirname(os.path.realpath(nvcc))))
-    for home in [*homes, "/usr/local/cuda"]:
-        # The nvcc on the path may be a script that calls one elsewhere: its folder has no headers.
-        files = ("bin/nvcc", "include/cuda_runtime.h")
-        if home is not None and all(os.path.exists(os.path.join(home, file)) for file in files):
-            return home
-    return None
+    return next((home for home in [*homes, "/usr/local/cuda"] if home and is_cuda_home(home)), None)
 
 
 def choose_cuda() -> str | None:
@@ -55,6 +56,12 @@ def choose_cuda() -> str | None:
         sys.exit("fcnseg: FORCE_CUDA=1 and FORCE_ONLY_CPU=1 exclude each other")
     if FORCE_ONLY_CPU:
         return None
+    named = os.environ.get("CUDA_HOME")
+    if FORCE_CUDA and named and not is_cuda_home(named):
+        sys.exit(
+            f"fcnseg: FORCE_CUDA=1, but CUDA_HOME={named} holds no CUDA toolkit (expected "
+            "bin/nvcc and include/cuda_runtime.h there)"
+        )
     home = find_cuda_home()
     if FORCE_CUDA and home is None:
         sys.exit("fcnseg: FORCE_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME")
@@ -65,8 +72,21 @@ def choose_cuda() -> str | None:
 
 
 def compiler_found() -> bool:
-    compiler = os.environ.get("CXX") or "c++"
-    return any(shutil.which(name.split()[0]) for name in (compiler, "g++", "clang++"))
+    """Whether there is a C++ compiler; torch and setuptools are told of one of unusual name."""
+    named = os.environ.get("CXX", "").split()
+    if named:
+        if shutil.which(named[0]) is None:
+            sys.exit(
+                f"fcnseg: CXX={os.environ['CXX']}, but {named[0]} is not a program on the path"
+            )
+        return True
+    found = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    # torch calls c++, setuptools what Python was built with: gcc and g++, as a rule.
+    if found is not None and not all(map(shutil.which, ("c++", "g++"))):
+        os.environ["CXX"] = found
+        if shutil.which("gcc") is None:
+            os.environ.setdefault("CC", found)
+    return found is not None
 
 
 def pybind11_include() -> str:
@@ -169,7 +189,9 @@ class CleanBuild(build):
     """What an earlier build of this folder left, perhaps with another torch, is not installed."""
 
     def run(self) -> None:
-        shutil.rmtree(self.build_lib, ignore_errors=True)
+        left = os.path.join(self.build_lib, "fcnseg")
+        if os.path.isdir(left):
+            shutil.rmtree(left)
         super().run()
 
 

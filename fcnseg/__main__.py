@@ -32,7 +32,8 @@ EPILOG = """\
 columns of the table:
   operator   the name, as in fcnseg.build_info()["operators"]
   cpu, cuda  what computes it for tensors on a CPU and on a CUDA device: c++, cuda (CUDA C++),
-             triton, or reference, which is plain PyTorch and slow; the cause stands below
+             triton, or reference, which is plain PyTorch and slow (where it is the CPU that runs
+             it, or a CUDA device that is there, the cause stands below)
   error      the largest error against float64, of a loss and its gradients relative to the
              largest value; of labels and counts the share of those that differ
   eager      median time of plain PyTorch; of a loss with its gradients

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
 BROKEN_PIPE = 128 + 13  # what a shell reports of a process that SIGPIPE ended
+INTERRUPTED = 128 + 2  # and of one that Ctrl-C ended
 
 
 class OutputClosed(SystemExit):
@@ -36,7 +37,9 @@ class _Output(io.FileIO):
             raise OutputClosed(text) from None
 
 
-def _guarded(stream: TextIO) -> TextIO:
+def _guarded(stream: TextIO | None) -> TextIO:
+    if stream is None:  # it was closed when the process started
+        return open(os.devnull, "w")
     if not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.flush()
@@ -58,8 +61,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """
     sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
     try:
-        status = main()
-    finally:
-        sys.stdout.flush()  # raises here, where it can still be told from an error of ``main``
-        sys.stderr.flush()
-    sys.exit(status)
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

@@ -29,7 +29,7 @@ def _own_file(name: str, *folders: Path) -> str | None:
     """
     spec = importlib.util.find_spec(f"fcnseg.{name}")
     file = None if spec is None else spec.origin
-    return file if file and Path(file).resolve().parent in folders else None
+    return file if file and Path(file).parent.resolve() in folders else None
 
 
 def _load_operators() -> Missing | None:
@@ -44,32 +44,42 @@ def _load_operators() -> Missing | None:
     except (ImportError, OSError) as error:
         from fcnseg import _missing
 
-        return _missing.operators_not_loaded(library, error)
+        return _missing.library_not_loaded(library, error)
     return None
 
 
-def _load_pybind() -> ModuleType | None:
+def _load_pybind() -> tuple[ModuleType | None, Missing | None]:
+    """The module ``fcnseg._pybind``, or why it does not load; neither where it was not built."""
+    library = _own_file("_pybind", _PACKAGE)
+    if library is None:
+        return None, None
     try:
-        return importlib.import_module("fcnseg._pybind") if _own_file("_pybind", _PACKAGE) else None
-    except ImportError:
-        return None
+        return importlib.import_module("fcnseg._pybind"), None
+    except ImportError as error:
+        from fcnseg import _missing
+
+        return None, _missing.library_not_loaded(library, error)
 
 
 #: Why the compiled operators are missing; None where they are loaded.
 missing: Missing | None = _load_operators()
-pybind: ModuleType | None = _load_pybind()
+pybind, _pybind_missing = _load_pybind()
 
 #: Of this package's kernels too: a source tree that is not installed lacks them.
 HAS_TRITON = importlib.util.find_spec("triton") is not None and bool(
-    _own_file("kernels", _PACKAGE / "kernels", _PACKAGE.parent / "kernels")
+    _own_file("kernels", (_PACKAGE / "kernels").resolve(), _PACKAGE.parent / "kernels")
 )
 
 if missing is not None:
     warnings.warn(
         f"fcnseg runs on its PyTorch reference, {SLOWDOWN} slower than its compiled operators. "
-        f"{missing.cause} To mend it: {missing.command}",
+        f"{missing}",
         RuntimeWarning,
         stacklevel=2,
+    )
+elif _pybind_missing is not None:
+    warnings.warn(
+        f"fcnseg counts NumPy arrays with PyTorch. {_pybind_missing}", RuntimeWarning, stacklevel=2
     )
 
 
@@ -78,15 +88,16 @@ def _cpu_capability() -> str | None:
 
 
 def _missing_on_cuda() -> list[Missing]:
-    """What a CUDA build of torch could run besides, were it there."""
+    """What CUDA devices could run besides, were it there; nothing where there is no device."""
     from fcnseg import _missing, _ops
 
-    if torch.version.cuda is None:
+    if not torch.cuda.is_available():
         return []
     kinds = {name: kind["cuda"] for name, kind in _ops.implementations().items()}
     missing_there = []
-    if importlib.util.find_spec("triton") is None:
-        missing_there.append(_missing.triton())
+    if kinds["upsample_cross_entropy"] == "reference":
+        there = importlib.util.find_spec("triton") is not None
+        missing_there.append(_missing.kernels() if there else _missing.triton())
     if kinds["confusion_matrix"] == "reference" and missing is None:
         missing_there.append(_missing.cuda_code())
     return missing_there
@@ -95,7 +106,7 @@ def _missing_on_cuda() -> list[Missing]:
 @functools.cache
 def _warn_of_cuda() -> None:
     for note in _missing_on_cuda():
-        warnings.warn(f"{note.cause} To mend it: {note.command}", RuntimeWarning, stacklevel=3)
+        warnings.warn(str(note), RuntimeWarning, stacklevel=3)
 
 
 def warns_of_reference_on_cuda(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,8 +127,9 @@ def build_info() -> dict[str, Any]:
         A dictionary: ``version``; ``torch`` (running) and ``built`` (None where nothing was
         compiled, else compiler, torch, CUDA version, CUDA architectures); ``missing_reason``, a
         sentence that tells why the compiled CPU operators are missing, and ``mend``, the command
-        that brings them (both None where they are there); ``notes``, sentences that tell what
-        CUDA devices lack and how to mend it; ``cpu_capability``, the instruction set that the CPU
+        that brings them (both None where they are there); ``notes``, sentences that tell what else
+        is missing, on the CUDA devices of this machine for example, and how to mend it;
+        ``cpu_capability``, the instruction set that the CPU
         operators use (avx512, avx2 or default; the environment variable FCNSEG_CPU_CAPABILITY
         forces one); ``operators``: for each operator the implementation behind ``cpu`` and
         ``cuda`` tensors, ``"c++"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (pure PyTorch,
@@ -141,7 +153,7 @@ def build_info() -> dict[str, Any]:
         "built": built,
         "missing_reason": None if missing is None else missing.cause,
         "mend": None if missing is None else missing.command,
-        "notes": [f"{note.cause} To mend it: {note.command}" for note in _missing_on_cuda()],
+        "notes": [str(note) for note in [_pybind_missing, *_missing_on_cuda()] if note],
         "cpu_capability": _cpu_capability(),
         "operators": _ops.implementations(),
     }

@@ -1,4 +1,4 @@
-"""Why compiled operators are missing, and the command that mends it. Imported where some are."""
+"""Why compiled code is missing, and the command that mends it. Imported where some is missing."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from typing import NamedTuple
 
 import torch
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).resolve().parent
 _ROOT = _PACKAGE.parent
 _SUFFIX = EXTENSION_SUFFIXES[0]  # .cpython-311-x86_64-linux-gnu.so
+_OLDEST_TORCH = "2.11"
 
 
 class Missing(NamedTuple):
-    """What is missing: a sentence, and a command for the shell."""
+    """What is missing and why: a sentence; and a command for the shell."""
 
     cause: str
     command: str
 
+    def __str__(self) -> str:
+        return f"{self.cause} To mend it: {self.command}"
+
 
 def operators_not_found() -> Missing:
     """Where no ``fcnseg._C`` lies beside this file that fits the running Python."""
-    installed = _installed_elsewhere()
-    if installed is not None:
-        return Missing(
-            f"Python was started in the source tree {_ROOT}, which hides the installed fcnseg in "
-            f"{installed}.",
-            "cd ..  # any other folder will do, and so will `python -P`",
-        )
+    if shadow := _shadow():
+        return shadow
     builds = sorted(_PACKAGE.glob("_C.*.so"))
     others = [path.name.split(".")[1] for path in builds if not path.name.endswith(_SUFFIX)]
     if others:
@@ -49,20 +48,26 @@ def operators_not_found() -> Missing:
     if _is_source_tree(_ROOT):
         return Missing(f"The source tree {_ROOT} has not been built.", _build_command())
     return Missing(
-        "There was no C++ compiler where fcnseg was installed, so it was installed without its "
-        "compiled operators.",
+        "fcnseg was installed without its compiled operators, as happens where there is no C++ "
+        "compiler.",
         _build_command(),
     )
 
 
-def operators_not_loaded(library: str, error: Exception) -> Missing:
+def library_not_loaded(library: str, error: Exception) -> Missing:
     """Where the system's loader refuses the file ``library``."""
+    if torch.__version__ < _OLDEST_TORCH:
+        return Missing(
+            f"fcnseg needs torch {_OLDEST_TORCH} or newer, and this one is {torch.__version__}.",
+            f"{_pip()} install --upgrade torch",
+        )
     text = str(error.__cause__ or error)  # torch hides the loader's message behind one of its own
-    wanted = re.search(r"lib(torch_cuda|c10_cuda|cudart)[^\s:]*", text)
+    # Libraries that were built before fcnseg stopped to link the CUDA part of torch.
+    wanted = re.search(r"lib(torch_cuda|c10_cuda)[^\s:]*", text)
     if wanted is not None and torch.version.cuda is None:
         return Missing(
-            f"{library} was built for a CUDA build of torch (it needs {wanted[0]}), "
-            f"while torch {torch.__version__} is a CPU build.",
+            f"{library} was built for a CUDA build of torch (it needs {wanted[0]}), while torch "
+            f"{torch.__version__} is a CPU build.",
             _build_command(),
         )
     return Missing(
@@ -74,7 +79,15 @@ def triton() -> Missing:
     return Missing(
         "Triton is not installed, so the operators that it compiles run on their PyTorch "
         "reference on CUDA devices.",
-        "pip install triton",
+        f"{_pip()} install triton",
+    )
+
+
+def kernels() -> Missing:
+    return _shadow() or Missing(
+        f"The Triton kernels, fcnseg.kernels, do not belong to the fcnseg in {_PACKAGE}, so its "
+        "operators run on their PyTorch reference on CUDA devices.",
+        _build_command(),
     )
 
 
@@ -87,37 +100,59 @@ def cuda_code() -> Missing:
 
 
 def _is_source_tree(folder: Path) -> bool:
-    return (folder / "setup.py").is_file() and (folder / "csrc").is_dir()
+    return os.path.isfile(folder / "setup.py") and os.path.isdir(folder / "csrc")
 
 
-def _installed_elsewhere() -> Path | None:
-    """Another fcnseg on the path whose compiled operators fit this Python."""
+def _shadow() -> Missing | None:
+    """A source tree that is not installed, and comes before an install on the path."""
     for entry in sys.path:
-        folder = Path(entry, "fcnseg")
-        if (folder / f"_C{_SUFFIX}").is_file() and not folder.samefile(_PACKAGE):
-            return folder
+        folder = os.path.join(entry, "fcnseg")
+        if os.path.isfile(os.path.join(folder, f"_C{_SUFFIX}")) and _is_source_tree(_ROOT):
+            if Path(folder).resolve() == _PACKAGE:
+                continue
+            command = "cd ..  # any other folder will do, and so will `python -P`"
+            if Path(sys.path[0]).resolve() != _ROOT or sys.flags.safe_path:
+                command = f"unset PYTHONPATH  # or whatever puts {_ROOT} on the path of modules"
+            return Missing(
+                f"Python finds the source tree {_ROOT} before the fcnseg that is installed in "
+                f"{folder}.",
+                command,
+            )
     return None
+
+
+def _pip() -> str:
+    return f"{shlex.quote(sys.executable)} -m pip"
 
 
 def _build_command() -> str:
     """Installs fcnseg again, from where it came from, for the Python and torch that run now."""
+    source, comment = _source()
+    comments = [comment] if comment else []
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        comments.append("after a C++ compiler, for example: apt install g++")
+    command = f"{_pip()} install --force-reinstall --no-deps {source}"
+    return command + (f"  # {'; '.join(comments)}" if comments else "")
+
+
+def _source() -> tuple[str, str]:
+    """What pip is to install again, and a comment where that needs one."""
     if _is_source_tree(_ROOT):
-        source = f"-e {shlex.quote(str(_ROOT))}"
-    else:
-        source = shlex.quote(_folder_of_install() or ".")
-    command = f"pip install --force-reinstall --no-deps {source}"
-    compilers = (os.environ.get("CXX") or "c++", "g++", "clang++")
-    if any(shutil.which(name.split()[0]) for name in compilers):
-        return command
-    return f"{command}  # after a C++ compiler, for example: apt install g++"
-
-
-def _folder_of_install() -> str | None:
-    """The source tree that pip installed fcnseg from, where that was one and is still there."""
+        return f"-e {shlex.quote(str(_ROOT))}", ""
+    unknown = ".", "in the folder of fcnseg's sources"
     try:
-        text = importlib.metadata.distribution("fcnseg").read_text("direct_url.json")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    url = json.loads(text)["url"] if text else ""
-    folder = urllib.request.url2pathname(url.removeprefix("file://"))
-    return folder if url.startswith("file://") and _is_source_tree(Path(folder)) else None
+        distribution = importlib.metadata.distribution("fcnseg")
+        text = distribution.read_text("direct_url.json")
+        origin = json.loads(text) if text else {}
+    except (importlib.metadata.PackageNotFoundError, OSError, ValueError):
+        return unknown
+    if Path(str(distribution.locate_file("fcnseg"))).resolve() != _PACKAGE or "url" not in origin:
+        return unknown
+    url = origin["url"]
+    if "vcs_info" in origin:
+        revision = origin["vcs_info"]["commit_id"]
+        return shlex.quote(f"{origin['vcs_info']['vcs']}+{url}@{revision}"), ""
+    if not url.startswith("file://"):
+        return shlex.quote(url), ""
+    path = urllib.request.url2pathname(url.removeprefix("file://"))
+    return (shlex.quote(path), "") if os.path.exists(path) else unknown

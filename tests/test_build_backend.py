@@ -66,10 +66,34 @@ def test_torch_is_asked_for_where_none_is_fit(
     if version is not None:
         folder_with_torch(tmp_path, version)
     monkeypatch.setattr(site, "getsitepackages", lambda: [str(tmp_path)])
-    monkeypatch.setattr(site, "getusersitepackages", lambda: str(tmp_path / "none"))
     assert build_backend.get_requires_for_build_wheel() == requirements
     assert build_backend.get_requires_for_build_editable() == requirements
     assert build_backend.get_requires_for_build_sdist() == []
+
+
+@pytest.mark.parametrize(
+    "setting, seen",
+    [
+        ("include-system-site-packages = false", False),
+        ("include-system-site-packages = true", True),
+        (None, True),  # no virtual environment
+    ],
+)
+def test_torch_of_the_user_counts_where_python_sees_it(
+    setting: str | None, seen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    import build_backend
+
+    folder_with_torch(tmp_path / "user", "2.13.0")
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(tmp_path / "none")])
+    monkeypatch.setattr(site, "getusersitepackages", lambda: str(tmp_path / "user"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    if setting is None:
+        monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
+    else:
+        (tmp_path / "pyvenv.cfg").write_text(f"home = /usr/bin\n{setting}\n")
+    assert build_backend.torch_is_there() == seen
 
 
 def test_isolation_does_not_hide_the_torch_of_the_environment(tmp_path: Path) -> None:
@@ -84,8 +108,8 @@ def test_torch_that_is_missing_or_too_old_is_told(tmp_path: Path) -> None:
     done = in_isolation(code, tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip() == (
-        "fcnseg: the build needs torch 2.11 or newer, which cannot be imported (No module named "
-        "'torch'): install torch first, or leave out --no-build-isolation"
+        "fcnseg: the build needs torch 2.11 or newer, and none is installed: install torch first, "
+        "or leave out --no-build-isolation"
     )
     folder_with_torch(tmp_path / "alone", "2.9.0")
     shutil.move(tmp_path / "alone", tmp_path / "old")
@@ -94,6 +118,22 @@ def test_torch_that_is_missing_or_too_old_is_told(tmp_path: Path) -> None:
     assert done.stderr.strip() == (
         "fcnseg: the build needs torch 2.11 or newer, got 2.9.0: run pip install --upgrade torch, "
         "or leave out --no-build-isolation"
+    )
+
+
+def test_torch_that_cannot_be_imported_is_told(tmp_path: Path) -> None:
+    broken = folder_with_torch(tmp_path / "site", "2.13.0")
+    (broken / "torch" / "__init__.py").write_text("import typing_extensions_of_old")
+    code = f"""
+site.getsitepackages = lambda: [{str(broken)!r}]
+import build_backend
+build_backend.import_torch()
+"""
+    done = in_isolation(code, tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "fcnseg: the torch that is installed cannot be imported (No module named "
+        "'typing_extensions_of_old'): run pip install --force-reinstall torch"
     )
 
 
@@ -150,20 +190,44 @@ def test_source_distribution_needs_no_torch(source: Path) -> None:
     assert headers and headers <= names
 
 
-def test_what_an_earlier_build_left_is_not_installed(source: Path) -> None:
-    left = source / "lib" / "fcnseg" / "_C.left.so"
-    left.parent.mkdir(parents=True)
-    left.touch()
-    command = [sys.executable, "setup.py", "build", "--build-lib", "lib"]
-    environment = {name: value for name, value in os.environ.items() if "FORCE_" not in name}
-    done = subprocess.run(
-        command,
+def run_setup(source: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    steering = ("FORCE_", "CUDA", "CXX", "CC", "NVCC")
+    kept = {name: v for name, v in os.environ.items() if not name.startswith(steering)}
+    return subprocess.run(
+        [sys.executable, "setup.py", *arguments],
         cwd=source,
-        env=environment | {"PATH": "", "CXX": ""},
+        env=kept | variables,
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def test_what_an_earlier_build_left_is_not_installed(source: Path) -> None:
+    left, others = source / "lib" / "fcnseg" / "_C.left.so", source / "lib" / "others.txt"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    others.touch()
+    done = run_setup(source, "build", "--build-lib", "lib", PATH="")
     assert done.returncode == 0, done.stderr
     assert "no C++ compiler found" in done.stderr
     assert (source / "lib" / "fcnseg" / "losses.py").is_file() and not left.exists()
+    assert others.exists()
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"CXX": "no-compiler -O2"}, "CXX=no-compiler -O2, but no-compiler is not a program on"),
+        ({"FORCE_CUDA": "1", "FORCE_ONLY_CPU": "1"}, "FORCE_ONLY_CPU=1 exclude each other"),
+        ({"FORCE_CUDA": "1", "CUDA_HOME": "/none"}, "CUDA_HOME=/none holds no CUDA toolkit"),
+        ({"FORCE_CUDA": "1", "PATH": ""}, "a build was forced, but there is no C++ compiler"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_told(
+    variables: dict[str, str], message: str, source: Path
+) -> None:
+    done = run_setup(source, "build", **variables)
+    assert done.returncode == 1
+    assert done.stderr.startswith("fcnseg: ") and message in done.stderr
+    assert done.stderr.count("\n") == 1

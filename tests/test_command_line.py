@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,27 @@ def test_a_full_disk_is_told() -> None:
         _, err = process.communicate()
     assert process.returncode == 1
     assert err == "error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_it_runs_where_a_stream_was_closed_at_the_start(closed: str) -> None:
+    """As services and cron start commands."""
+    body = "import sys; print(1, flush=True); print(2, file=sys.stderr); return 3"
+    words = [sys.executable, "-c", SCRIPT, str(_command_line.__file__), body]
+    done = subprocess.run(
+        f"{shlex.join(words)} {closed}", shell=True, capture_output=True, text=True
+    )
+    assert done.returncode == 3
+    assert done.stdout == ("" if closed.startswith(">") else "1\n")
+    assert done.stderr == ("" if "2>" in closed else "2\n")
+
+
+def test_it_ends_quietly_where_it_is_interrupted() -> None:
+    process = start("print(1, flush=True); sys.stdin.read()")
+    assert process.stdout is not None and process.stdout.readline() == "1\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (_command_line.INTERRUPTED, "", "")
 
 
 def test_self_test_into_a_closed_pipe() -> None:

@@ -106,6 +106,29 @@ def spoilt_gradient(value: Tensor) -> Tensor:
     return 1.001 * value - 0.001 * value.detach()
 
 
+@pytest.mark.skipif(
+    fcnseg.build_info()["operators"]["upsample_argmax"][DEVICE.type] == "reference",
+    reason="the compiled operators are missing",
+)
+def test_compiled_operators_are_compared_on_all_threads_and_timed_on_one(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, argmax = [], fcnseg.upsample_argmax
+
+    def spy(*arguments: Any) -> torch.Tensor:
+        found.append(torch.get_num_threads())
+        return argmax(*arguments)
+
+    monkeypatch.setattr(fcnseg, "upsample_argmax", spy)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        run("upsample_argmax")
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == 3 and set(found[1:]) == {1}
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_wrong_result_is_told(
     name: str, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch

@@ -8,17 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fcnseg
-from fcnseg import _extension, _missing
+from fcnseg import _extension, _missing, _ops
 
 PACKAGE = Path(fcnseg.__file__).parent
+PIP = f"{sys.executable} -m pip install --force-reinstall --no-deps"
 SUFFIX = EXTENSION_SUFFIXES[0]
 
 
@@ -32,9 +33,7 @@ def tree(tmp_path: Path) -> Path:
     return copy
 
 
-def warning_at_import(folder: Path, **environment: str) -> str:
-    """What Python, started in ``folder``, writes to stderr when it imports fcnseg from there."""
-    code = f"import fcnseg; assert fcnseg.__file__.startswith({str(folder)!r}), fcnseg.__file__"
+def run_python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     finished = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -44,6 +43,13 @@ def warning_at_import(folder: Path, **environment: str) -> str:
         timeout=120,
     )
     assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+def warning_at_import(folder: Path, **environment: str) -> str:
+    """What Python, started in ``folder``, writes to stderr when it imports fcnseg from there."""
+    code = f"import fcnseg; assert fcnseg.__file__.startswith({str(folder)!r}), fcnseg.__file__"
+    finished = run_python(code, folder, **environment)
     assert f"PyTorch reference, {_extension.SLOWDOWN} slower than" in finished.stderr
     return finished.stderr
 
@@ -51,7 +57,7 @@ def warning_at_import(folder: Path, **environment: str) -> str:
 def test_tree_that_was_not_built(tree: Path) -> None:
     text = warning_at_import(tree)
     assert f"The source tree {tree} has not been built." in text
-    assert f"To mend it: pip install --force-reinstall --no-deps -e {tree}" in text
+    assert f"To mend it: {PIP} -e {tree}\n" in text
 
 
 def test_tree_that_hides_the_install(tree: Path, tmp_path: Path) -> None:
@@ -59,8 +65,15 @@ def test_tree_that_hides_the_install(tree: Path, tmp_path: Path) -> None:
     installed.mkdir(parents=True)
     (installed / f"_C{SUFFIX}").touch()
     text = warning_at_import(tree, PYTHONPATH=str(installed.parent))
-    assert f"the source tree {tree}, which hides the installed fcnseg in {installed}." in text
-    assert "To mend it: cd .." in text
+    hides = (
+        f"Python finds the source tree {tree} before the fcnseg that is installed in {installed}."
+    )
+    assert (
+        f"{hides} To mend it: cd ..  # any other folder will do, and so will `python -P`\n" in text
+    )
+    path = os.pathsep.join(map(str, (tree, installed.parent)))
+    text = warning_at_import(tmp_path, PYTHONPATH=path)
+    assert f"{hides} To mend it: unset PYTHONPATH  # or whatever puts {tree} on the path" in text
 
 
 def test_built_for_another_python(tree: Path) -> None:
@@ -68,16 +81,16 @@ def test_built_for_another_python(tree: Path) -> None:
     text = warning_at_import(tree)
     assert "for another Python: for cpython-399-x86_64-linux-gnu, while this one is " in text
     assert SUFFIX.split(".")[1] in text
-    assert f"To mend it: pip install --force-reinstall --no-deps -e {tree}" in text
+    assert f"To mend it: {PIP} -e {tree}\n" in text
 
 
 def test_installed_without_a_compiler(tree: Path) -> None:
     for name in ("csrc", "setup.py"):  # what an install does not have
         path = tree / name
         path.rmdir() if path.is_dir() else path.unlink()
-    text = warning_at_import(tree, PATH="", CXX="")
-    assert "There was no C++ compiler where fcnseg was installed" in text
-    assert "# after a C++ compiler, for example: apt install g++" in text
+    text = warning_at_import(tree, PATH="")
+    assert "fcnseg was installed without its compiled operators, as happens where there is" in text
+    assert "# in the folder of fcnseg's sources; after a C++ compiler, for example: apt" in text
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -100,55 +113,107 @@ def test_file_that_is_no_library(tree: Path) -> None:
     assert f"{library} does not load beside torch {torch.__version__}: " in warning_at_import(tree)
 
 
-def test_command_names_the_folder_that_was_installed_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = tmp_path / "my clone"
-    (source / "csrc").mkdir(parents=True)
-    (source / "setup.py").touch()
-    record = tmp_path / "fcnseg-0.dist-info"
-    record.mkdir()
-    (record / "METADATA").write_text("Metadata-Version: 2.1\nName: fcnseg\nVersion: 0\n")
-    (record / "direct_url.json").write_text(json.dumps({"url": source.as_uri(), "dir_info": {}}))
+def test_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.0"))
+    cause, command = _missing.library_not_loaded("_C.so", OSError("undefined symbol"))
+    assert cause == "fcnseg needs torch 2.11 or newer, and this one is 2.10.0."
+    assert command == f"{sys.executable} -m pip install --upgrade torch"
+
+
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The direct_url.json of an installed fcnseg, which lies in ``tmp_path``."""
+    folder = tmp_path / "fcnseg-0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: fcnseg\nVersion: 0\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.setattr(_missing, "_ROOT", tmp_path)  # where an installed package lies
-    command = "pip install --force-reinstall --no-deps "
-    assert command + f"'{source}'" in _missing.operators_not_found().command
-    (source / "setup.py").unlink()
-    assert command + "." in _missing.operators_not_found().command
-    (record / "direct_url.json").unlink()
-    assert command + "." in _missing.operators_not_found().command
+    monkeypatch.setattr(_missing, "_ROOT", tmp_path.resolve())
+    monkeypatch.setattr(_missing, "_PACKAGE", tmp_path.resolve() / "fcnseg")
+    return folder / "direct_url.json"
 
 
-def test_what_cuda_devices_lack_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def command_after(record: Path, origin: object) -> str:
+    record.write_text(origin if isinstance(origin, str) else json.dumps(origin))
+    return _missing.operators_not_found().command
+
+
+def test_command_installs_what_was_installed(record: Path, tmp_path: Path) -> None:
+    source = tmp_path / "my clone"
+    source.mkdir()
+    folder = {"url": source.as_uri(), "dir_info": {}}
+    assert command_after(record, folder) == f"{PIP} '{source}'"
+    git = {"url": "https://host/fcnseg.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}
+    assert command_after(record, git) == f"{PIP} git+https://host/fcnseg.git@abc"
+    archive = {"url": "https://host/fcnseg-0.tar.gz", "archive_info": {}}
+    assert command_after(record, archive) == f"{PIP} https://host/fcnseg-0.tar.gz"
+
+
+def test_command_says_where_it_belongs_if_that_is_unknown(
+    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = f"{PIP} .  # in the folder of fcnseg's sources"
+    gone = {"url": (tmp_path / "gone").as_uri(), "dir_info": {}}
+    assert command_after(record, gone) == unknown
+    assert command_after(record, "not JSON") == unknown
+    record.unlink()
+    assert _missing.operators_not_found().command == unknown
+    origin = {"url": "https://host/fcnseg-0.tar.gz", "archive_info": {}}
+    assert command_after(record, origin) != unknown
+    monkeypatch.setattr(_missing, "_PACKAGE", tmp_path / "another" / "fcnseg")
+    assert _missing.operators_not_found().command == unknown
+
+
+def test_pybind_module_that_does_not_load(tree: Path) -> None:
+    library = tree / "fcnseg" / f"_pybind{SUFFIX}"
+    library.write_text("not a shared library")
+    shutil.copy(PACKAGE / f"_C{SUFFIX}", tree / "fcnseg")
+    code = "import fcnseg; info = fcnseg.build_info(); print(info['missing_reason'], info['notes'])"
+    finished = run_python(code, tree)
+    assert f"RuntimeWarning: fcnseg counts NumPy arrays with PyTorch. {library} does not" in (
+        finished.stderr
+    )
+    assert finished.stdout.startswith(f"None ['{library} does not load beside torch")
+
+
+def test_reference_on_cuda_devices_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {name: {"cpu": "c++", "cuda": "reference"} for name in fcnseg.build_info()["operators"]}
-    monkeypatch.setattr(fcnseg._ops, "implementations", lambda: kinds)
+    monkeypatch.setattr(_ops, "implementations", lambda: kinds)
     monkeypatch.setattr(_extension, "missing", None)
-    assert fcnseg.build_info()["notes"] == []  # a CPU build of torch lacks nothing
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    find_spec = importlib.util.find_spec
-    hide = lambda name: None if name == "triton" else find_spec(name)  # noqa: E731
-    monkeypatch.setattr(importlib.util, "find_spec", hide)
-    notes = fcnseg.build_info()["notes"]
-    assert len(notes) == 2
-    assert "Triton is not installed" in notes[0] and notes[0].endswith("pip install triton")
-    assert "built without CUDA code" in notes[1] and "FORCE_CUDA=1 pip install" in notes[1]
-
-    _extension._warn_of_cuda.cache_clear()
-    operator = _extension.warns_of_reference_on_cuda(lambda value: value + 1)
-    with pytest.warns(RuntimeWarning) as caught:
-        assert operator(1) == 2
-        assert operator(2) == 3
-    assert [str(warning.message) for warning in caught] == notes
-    kinds["confusion_matrix"]["cuda"] = "cuda"
-    monkeypatch.undo()
-    monkeypatch.setattr(fcnseg._ops, "implementations", lambda: kinds)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert fcnseg.build_info()["notes"] == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    find_spec = importlib.util.find_spec
+    for there, cause in ((None, "Triton is not installed"), (object(), "do not belong to the fcn")):
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, there=there: there if name == "triton" else find_spec(name),
+        )
+        notes = fcnseg.build_info()["notes"]
+        assert len(notes) == 2 and cause in notes[0]
+        assert "built without CUDA code" in notes[1] and f"mend it: FORCE_CUDA=1 {PIP}" in notes[1]
+
+    # An operator that is registered with the reference for CUDA tensors warns when it runs.
+    registered = {}
+    library = SimpleNamespace(impl=lambda name, run, key: registered.update({key: run}))
+    monkeypatch.setattr(_ops, "_library", library)
+    monkeypatch.setattr(_ops, "_implementations", {})
+    _ops._register("an_operator", cpu=abs, cuda=abs, cuda_kind="reference")
     _extension._warn_of_cuda.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert operator(1) == 2
+    with pytest.warns(RuntimeWarning) as caught:
+        assert registered["CUDA"](-1) == 1
+        assert registered["CUDA"](-2) == 2
+    assert [str(warning.message) for warning in caught] == notes
+
+    _ops._register("an_operator", cpu=abs, cuda=abs, cuda_kind="triton")
+    assert registered["CUDA"] is abs
+    kinds["confusion_matrix"]["cuda"] = "cuda"
+    kinds["upsample_cross_entropy"]["cuda"] = "triton"
+    assert fcnseg.build_info()["notes"] == []
+
+
+def test_readme_says_how_much_slower_the_reference_is() -> None:
+    assert f"{_extension.SLOWDOWN} slower" in (PACKAGE.parent / "README.md").read_text()
 
 
 def test_another_clone_that_is_installed_lends_nothing(tree: Path, tmp_path: Path) -> None:
@@ -172,13 +237,4 @@ sys.meta_path.append(OfAnotherClone)
 import fcnseg._extension
 assert fcnseg._extension.pybind is None and not fcnseg._extension.HAS_TRITON
 """
-    finished = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tree,
-        env=os.environ | {"PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert f"The source tree {tree} has not been built." in finished.stderr
+    assert f"The source tree {tree} has not been built." in run_python(code, tree).stderr
