@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# as many processes as cores; the order of the tests is that of tests/conftest.py
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
 SOURCES := $(shell find csrc kernels -type f) setup.py build_backend.py pyproject.toml
 
 .NOTPARALLEL:  # one virtual environment, one pip at a time
@@ -59,13 +61,13 @@ demo: $(VENV)/install.stamp $(VENV)/train.stamp
 	$(BIN)/python examples/train_cityscapes.py
 
 test: $(VENV)/install.stamp $(VENV)/test.stamp
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not install"
 
 test-install: $(VENV)/install.stamp $(VENV)/test.stamp $(VENV)/wheels.stamp
 	$(BIN)/python -m pytest -q -m install
 
 test-full: $(VENV)/install.stamp $(VENV)/test.stamp $(VENV)/wheels.stamp $(VENV)/triton-3.6.stamp
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 bench: $(VENV)/install.stamp $(VENV)/test.stamp
 	$(BIN)/python benchmarks/suite.py summary

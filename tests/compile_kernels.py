@@ -3,9 +3,9 @@
 ``python -m tests.compile_kernels`` prints one line per kernel, configuration and architecture and
 fails where a kernel spills, passes a ceiling, or holds a float atomic. ALL=1 compiles every
 configuration for every architecture; otherwise that is done for sm_70 and sm_90 and the others get
-one configuration per kernel. An argument restricts it to the lines that hold it; JOBS sets the
-number of processes. It runs in processes of its own: the interpreter of Triton, which the tests
-use, cannot compile.
+one configuration per kernel. An argument restricts it to the lines that hold it; PART=2/8 compiles
+the second of every eight; JOBS sets the number of processes. It runs in processes of its own: the
+interpreter of Triton, which the tests use, cannot compile.
 
 A family of kernels adds its configurations by a generator in GENERATORS. CONV=1 compiles those of
 the transposed convolution instead, which take minutes.
@@ -395,6 +395,8 @@ def main() -> int:
     todo = list(jobs(sys.argv[1] if len(sys.argv) > 1 else "", every))
     if not todo:
         sys.exit(f"no configuration's line holds {sys.argv[1]!r}")
+    part, parts = map(int, os.environ.get("PART", "1/1").split("/"))
+    todo = todo[part - 1 :: parts]
     processes = int(os.environ.get("JOBS", os.cpu_count() or 1))
     failures = 0
     with multiprocessing.get_context("spawn").Pool(min(processes, len(todo))) as pool:

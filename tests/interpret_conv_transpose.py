@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import torch
 import triton.language as tl
+import triton_interpreter
 from conftest import TOLERANCE
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -29,6 +30,8 @@ from fcnseg.kernels.conv_transpose_cross_entropy import (
     conv_transpose_cross_entropy_backward,
     conv_transpose_cross_entropy_forward,
 )
+
+triton_interpreter.prepare()
 
 ALL = (True, True, True)
 Case = tuple[list[Tensor], Tensor, tuple[Any, ...]]

@@ -17,11 +17,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 import torch
-import triton
+import triton_interpreter
 from kernel_cases import GEOMETRIES, LAYOUTS, PLAIN, Geometry, lay_out
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime import interpreter
 
 from fcnseg import reference
 from fcnseg.kernels import (
@@ -38,20 +37,7 @@ from fcnseg.kernels.upsample_cross_entropy import (
     upsample_cross_entropy_gradient,
 )
 
-
-def _repair_triton_3_6() -> None:
-    """Before 3.7 the interpreter calls int() on arrays of one element; NumPy 2.4 refuses that."""
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch
-
-
-if triton.__version__.startswith("3.6."):
-    _repair_triton_3_6()
+triton_interpreter.prepare()
 
 
 def make_record() -> Tensor:

@@ -27,10 +27,16 @@ from tests.ptx_emulator.triton_bridge import Session
 CASES = list(all_cases())
 
 
+def together(arch: int) -> pytest.MarkDecorator:
+    """In one process, the last test of an architecture sees what those before it executed."""
+    return pytest.mark.xdist_group(f"emulator sm_{arch}")
+
+
 def parameters() -> Iterator[object]:
     for arch in ARCHS:
         for case in CASES:
-            marks = () if arch in case.quick else (pytest.mark.slow,)
+            slow = () if arch in case.quick else (pytest.mark.slow,)
+            marks = (together(arch), pytest.mark.long(20), *slow)
             yield pytest.param(arch, case, id=f"sm_{arch}-{case.name}", marks=marks)
 
 
@@ -78,7 +84,9 @@ def kernel_names() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=(together(arch), pytest.mark.long(20))) for arch in ARCHS]
+)
 def test_every_kernel_was_executed(
     arch: int, sessions: dict[int, Session], done: set[tuple[int, str]]
 ) -> None:

@@ -47,9 +47,57 @@ def run(*command: str, **environment: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-4000:]
 
 
-def test_values_in_the_interpreter() -> None:
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpret_kernels.py",
-        TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # fmt: skip
+def in_parts(count: int, seconds: float) -> list[Any]:
+    """``count`` parts of a run, each a test of its own, so that all cores are busy to the end."""
+    return [
+        pytest.param(f"{k}/{count}", marks=pytest.mark.long(seconds)) for k in range(1, count + 1)
+    ]
+
+
+def interpret(name: str, *options: str) -> None:
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/{name}.py",
+        *options, TRITON_INTERPRET="1")  # fmt: skip
+
+
+@pytest.mark.parametrize("part", in_parts(3, 15))
+def test_values_in_the_interpreter(part: str) -> None:
+    interpret("interpret_kernels", "--part", part)
+
+
+def same_values_as_unprepared() -> None:
+    """For `test_the_prepared_interpreter_computes_the_same`, in a process of its own."""
+    from tests import triton_interpreter
+
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 5, 3, 4, generator=generator)
+    weight = torch.randn(5, 3, 4, 4, generator=generator)
+    target = torch.randint(0, 3, (1, 6, 8), generator=generator)
+    target[0, 2, 3] = 255
+    geometry = ((2, 2), (1, 1), (0, 0), 1, (1, 1), (0, 0))
+
+    def values() -> list[torch.Tensor]:
+        record = torch.zeros(5, dtype=torch.int64)
+        loss, sums, edges = upsample_cross_entropy_forward(
+            logits, target, None, 255, "mean", 0.1, False, None, None, True, record
+        )
+        upsample_cross_entropy_gradient(
+            torch.tensor(2.0), sums, edges, sums, (6, 8), False, 0.1, False, None, None
+        )
+        results = conv_transpose_cross_entropy_forward(
+            logits, weight, target, torch.ones(3), None, *geometry, 255, "sum", 0.0, (True,) * 3,
+            record,
+        )  # fmt: skip
+        return [loss, sums, *results]
+
+    before = values()
+    triton_interpreter.prepare()
+    for one, other in zip(before, values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_prepared_interpreter_computes_the_same() -> None:
+    run("-c", "from tests import test_triton; test_triton.same_values_as_unprepared()",
+        TRITON_INTERPRET="1")  # fmt: skip
 
 
 CONV_TRANSPOSE_QUICK = (
@@ -58,23 +106,31 @@ CONV_TRANSPOSE_QUICK = (
 )
 
 
-@pytest.mark.parametrize(
-    "selected", [CONV_TRANSPOSE_QUICK, pytest.param("test", marks=pytest.mark.slow)]
-)
-def test_values_of_the_transposed_convolution_in_the_interpreter(selected: str) -> None:
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpret_conv_transpose.py", "-k",
-        selected, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")  # fmt: skip
+@pytest.mark.parametrize("part", in_parts(4, 15))
+def test_values_of_the_transposed_convolution_in_the_interpreter(part: str) -> None:
+    interpret("interpret_conv_transpose", "-k", CONV_TRANSPOSE_QUICK, "--part", part)
 
 
-def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
-    run("-m", "tests.compile_kernels", TRITON_CACHE_DIR=str(tmp_path))
+@pytest.mark.slow
+@pytest.mark.parametrize("part", in_parts(4, 30))
+def test_other_values_of_the_transposed_convolution_in_the_interpreter(part: str) -> None:
+    interpret("interpret_conv_transpose", "-k", f"not ({CONV_TRANSPOSE_QUICK})", "--part", part)
 
 
-@pytest.mark.parametrize("selected", ["C=19 fp16", pytest.param("", marks=pytest.mark.slow)])
-def test_transposed_convolution_compiles_for_every_architecture(
-    selected: str, tmp_path: Path
-) -> None:
-    run("-m", "tests.compile_kernels", selected, TRITON_CACHE_DIR=str(tmp_path), CONV="1")
+@pytest.mark.parametrize("part", in_parts(8, 35))
+def test_kernels_compile_for_every_architecture(part: str) -> None:
+    run("-m", "tests.compile_kernels", PART=part, JOBS="1")
+
+
+@pytest.mark.parametrize("part", in_parts(2, 10))
+def test_transposed_convolution_compiles_for_every_architecture(part: str) -> None:
+    run("-m", "tests.compile_kernels", "C=19 fp16", PART=part, CONV="1", JOBS="1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", in_parts(8, 60))
+def test_every_transposed_convolution_compiles_for_every_architecture(part: str) -> None:
+    run("-m", "tests.compile_kernels", PART=part, CONV="1", JOBS="1")
 
 
 def launched_grids(
@@ -218,9 +274,9 @@ def same_kernels_at_other_sizes() -> None:
             assert kernel is other, (sizes, options, kernel.metadata.name)
 
 
-def test_other_sizes_do_not_compile_anew(tmp_path: Path) -> None:
-    run("-c", "from tests import test_triton; test_triton.same_kernels_at_other_sizes()",
-        TRITON_CACHE_DIR=str(tmp_path))  # fmt: skip
+@pytest.mark.long(12)
+def test_other_sizes_do_not_compile_anew() -> None:
+    run("-c", "from tests import test_triton; test_triton.same_kernels_at_other_sizes()")
 
 
 @pytest.mark.parametrize(
