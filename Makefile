@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 # as many processes as cores; the order of the tests is that of tests/conftest.py
-PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q -n auto
 SOURCES := $(shell find csrc kernels -type f) setup.py build_backend.py pyproject.toml
 
 .NOTPARALLEL:  # one virtual environment, one pip at a time

@@ -40,6 +40,7 @@ from fcnseg.kernels import (
     upsample_confusion_matrix,
     upsample_cross_entropy,
 )
+from tests import coalesce_once
 from tests.fake_driver import FakeDriver
 
 ARCHS = (70, 75, 80, 86, 89, 90, 100, 120)
@@ -351,9 +352,8 @@ def compile_one(kernel: Any, arguments: dict[str, Any]) -> Any:
     return kernel.warmup(*values, grid=(1,), **options)
 
 
-def compile_and_check(job: tuple[int, int]) -> tuple[str, bool]:
+def compile_and_check(arch: int, index: int) -> tuple[str, bool]:
     """The line about configuration ``index`` for ``arch``, and whether it is in order."""
-    arch, index = job
     driver.set_active(FakeDriver(arch))
     name, kernel, arguments, max_registers = configurations(arch)[index]
     compiled = compile_one(kernel, arguments)
@@ -378,7 +378,9 @@ def compile_and_check(job: tuple[int, int]) -> tuple[str, bool]:
     return line, not problems
 
 
-def jobs(only: str, every: bool) -> Iterator[tuple[int, int]]:
+def jobs(only: str, every: bool) -> list[list[tuple[int, int]]]:
+    """A configuration on all architectures that compile it is one job: they share work."""
+    found: dict[str, list[tuple[int, int]]] = {}
     for arch in ARCHS:
         seen: set[str] = set()
         for index, (name, kernel, _, _) in enumerate(configurations(arch)):
@@ -387,23 +389,30 @@ def jobs(only: str, every: bool) -> Iterator[tuple[int, int]]:
                 continue
             if only in f"sm_{arch} {kernel_name} {name}":
                 seen.add(kernel_name)
-                yield arch, index
+                found.setdefault(f"{kernel_name} {name}", []).append((arch, index))
+    return list(found.values())
+
+
+def compile_and_check_all(job: list[tuple[int, int]]) -> list[tuple[str, bool]]:
+    with coalesce_once.share():
+        return [compile_and_check(*one) for one in job]
 
 
 def main() -> int:
     every = os.environ.get("ALL", "0") not in ("", "0")
-    todo = list(jobs(sys.argv[1] if len(sys.argv) > 1 else "", every))
+    todo = jobs(sys.argv[1] if len(sys.argv) > 1 else "", every)
     if not todo:
         sys.exit(f"no configuration's line holds {sys.argv[1]!r}")
     part, parts = map(int, os.environ.get("PART", "1/1").split("/"))
     todo = todo[part - 1 :: parts]
     processes = int(os.environ.get("JOBS", os.cpu_count() or 1))
-    failures = 0
+    outcomes: list[bool] = []
     with multiprocessing.get_context("spawn").Pool(min(processes, len(todo))) as pool:
-        for line, good in pool.imap(compile_and_check, todo):
-            failures += not good
-            print(line, flush=True)
-    print(f"{len(todo)} compiled, {failures} failed")
+        for lines in pool.imap(compile_and_check_all, todo):
+            outcomes += [good for _, good in lines]
+            print(*(line for line, _ in lines), sep="\n", flush=True)
+    failures = outcomes.count(False)
+    print(f"{len(outcomes)} compiled, {failures} failed")
     return min(failures, 1)
 
 

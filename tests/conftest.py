@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from typing import Any
 
 #: One thread for every process that a test starts: the cores belong to the tests that run side by
 #: side. Libraries read these variables when they are loaded, hence before torch is.
@@ -43,6 +44,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """As many as cores that this process may use, which xdist does not ask where psutil is."""
     return len(os.sched_getaffinity(0))
+
+
+#: Files whose tests run one after the other in one process.
+TOGETHER = ("test_emulated_kernels.py",)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands the tests out one by one in their order, but a file of TOGETHER as a whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((name for name in TOGETHER if name in nodeid), nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduler(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -69,6 +69,7 @@ def alive(pid: int) -> bool:
 
 
 @needs_proc
+@pytest.mark.long(8)
 def test_no_job_holds_up_the_next(tmp_path: Path, function: tuple[str, dict[str, str]]) -> None:
     pids = tmp_path / "pids"
     todo = [

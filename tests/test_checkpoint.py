@@ -177,6 +177,7 @@ def without_timing(record: dict) -> dict:
     return {name: value for name, value in record.items() if name not in timing}
 
 
+@pytest.mark.long(18)
 def test_killed_and_resumed_run_has_the_losses_of_an_unbroken_one(tmp_path: Path) -> None:
     data_root = tmp_path / "data"
     write_cityscapes(data_root, train=12, val=2, size=(32, 64), seed=0)

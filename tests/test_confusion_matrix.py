@@ -53,13 +53,14 @@ def test_matches_bincount(
 def test_counts_many_pixels_with_any_number_of_threads() -> None:
     prediction, target = maps((3, 301, 299), 19, torch.uint8, torch.uint8)
     expected = bincount_matrix(prediction, target, 19, 255)
+    before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             matrix = fcnseg.confusion_matrix(prediction, target, 19, ignore_index=255)
             assert torch.equal(matrix, expected)
     finally:
-        torch.set_num_threads(2)
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("ignore_index", [0, 2])

@@ -50,6 +50,7 @@ def _ceiling(mangled: str) -> int:
         ("confusion_matrix_launch.cpp", "address,undefined"),
     ],
 )
+@pytest.mark.long(15)
 def test_emulated_kernels_are_exact_under_sanitizers(
     tmp_path: Path, source: str, sanitizer: str
 ) -> None:

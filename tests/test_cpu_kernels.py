@@ -322,6 +322,7 @@ def test_any_problem(data):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.long(8)
 def test_instruction_set(capability):
     """This file and its second half on each instruction set of this machine."""
     if "FCNSEG_CPU_CAPABILITY" in os.environ:

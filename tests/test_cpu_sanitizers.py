@@ -53,9 +53,10 @@ def build(folder: Path, *flags: str) -> str:
     return program
 
 
+@pytest.mark.long(45)
 def test_address_and_undefined_behaviour(tmp_path):
     program = build(
-        tmp_path, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
+        tmp_path, "-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"
     )
     capabilities = ["default", "avx2", "avx512"]
     widest = run([program]).split(":")[0]

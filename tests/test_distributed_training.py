@@ -99,6 +99,7 @@ def run_steps(rank: int, size: int, parts: int, folder: str) -> None:
 
 
 @pytest.mark.parametrize("size, parts", [(3, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.long(10)
 def test_processes_and_parts_equal_one_process(
     tmp_path: Path, size: int, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +192,7 @@ def records(output: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(x).items() if k not in timing} for x in lines]
 
 
+@pytest.mark.long(20)
 def test_torchrun_equals_one_process_and_resumes(tmp_path: Path, data_root: Path) -> None:
     one = launch(1, "--data-root", data_root, "--output", tmp_path / "one", *SMALL)
     # Stopped after the second of three steps, with a validation, and continued.
@@ -217,6 +219,7 @@ def test_torchrun_equals_one_process_and_resumes(tmp_path: Path, data_root: Path
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.long(6)
 def test_all_end_when_one_fails(tmp_path: Path, data_root: Path) -> None:
     files = sorted(data_root.glob("leftImg8bit/train/*/*.png"))
     broken = tmp_path / "broken"
@@ -231,6 +234,7 @@ def test_all_end_when_one_fails(tmp_path: Path, data_root: Path) -> None:
     assert time.monotonic() - started < 90
 
 
+@pytest.mark.long(8)
 def test_sigterm_stops_all_with_a_checkpoint(tmp_path: Path, data_root: Path) -> None:
     output = tmp_path / "run"
     run = launch(2, "--data-root", data_root, "--output", output, *SMALL, "--epochs", 900)

@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 import triton
 
 import fcnseg.kernels
+from tests import coalesce_once
 from tests.ptx_emulator.case import ARCHS, Case
 from tests.ptx_emulator.cases import all_cases
 from tests.ptx_emulator.triton_bridge import Session
@@ -27,17 +28,22 @@ from tests.ptx_emulator.triton_bridge import Session
 CASES = list(all_cases())
 
 
-def together(arch: int) -> pytest.MarkDecorator:
-    """In one process, the last test of an architecture sees what those before it executed."""
-    return pytest.mark.xdist_group(f"emulator sm_{arch}")
+#: All run in one process (tests/conftest.py): the architectures share some work of the compiler,
+#: and the last tests see what those before them executed.
+pytestmark = pytest.mark.long(100)
 
 
 def parameters() -> Iterator[object]:
     for arch in ARCHS:
         for case in CASES:
-            slow = () if arch in case.quick else (pytest.mark.slow,)
-            marks = (together(arch), pytest.mark.long(20), *slow)
+            marks = () if arch in case.quick else (pytest.mark.slow,)
             yield pytest.param(arch, case, id=f"sm_{arch}-{case.name}", marks=marks)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_passes() -> Iterator[None]:
+    with coalesce_once.share():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +90,7 @@ def kernel_names() -> set[str]:
     }
 
 
-@pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=(together(arch), pytest.mark.long(20))) for arch in ARCHS]
-)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_was_executed(
     arch: int, sessions: dict[int, Session], done: set[tuple[int, str]]
 ) -> None:

@@ -73,6 +73,7 @@ def call(
     return run_example
 
 
+@pytest.mark.long(7)
 def test_commands_after_the_demonstration_work(
     run: Path, call: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,18 +183,19 @@ def run_with_a_dying_worker(output: Path) -> None:
     trainer(settings(output, epochs=1, workers=1, checkpoint_interval=1), pictures).run()
 
 
+@pytest.mark.long(5)
 def test_dying_worker_is_said_and_the_run_is_continued(tmp_path: Path) -> None:
     trainer(settings(tmp_path / "unbroken", epochs=1)).run()
     output = tmp_path / "broken"
     # In a process of its own: PyTorch raises in the handler of the worker's SIGCHLD, wherever the
     # main thread happens to be, and that may be within pytest.
     call = (
-        "import pathlib, sys, test_faults; "
+        "import pathlib, sys, torch, test_faults; "
+        f"torch.set_num_threads({torch.get_num_threads()}); "  # sums in one order
         "test_faults.run_with_a_dying_worker(pathlib.Path(sys.argv[1]))"
     )
-    same = ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums in one order
     died = subprocess.run(
-        [sys.executable, "-c", call, str(output)], env=same, cwd=Path(__file__).parent,
+        [sys.executable, "-c", call, str(output)], env=ENVIRONMENT, cwd=Path(__file__).parent,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert died.returncode == 1, died.stderr
@@ -291,6 +292,7 @@ def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> No
         time.sleep(0.01)
 
 
+@pytest.mark.long(8)
 def test_sigterm_to_all_processes_saves_and_exits(tmp_path: Path, data_root: Path) -> None:
     output = tmp_path / "run"
     process = start_example(data_root, output)

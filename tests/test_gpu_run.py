@@ -172,6 +172,7 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.long(8)
 def test_no_part_can_starve_the_next(
     out: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -491,6 +492,7 @@ def test_a_test_process_ends_when_its_device_breaks(
 
 
 @compiled
+@pytest.mark.long(40)
 def test_a_dry_run_with_a_part_that_hangs(tmp_path: Path) -> None:
     """Every part on tiny problems, and one among them that ignores SIGINT."""
     script = tmp_path / "planted.py"

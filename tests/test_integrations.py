@@ -64,6 +64,7 @@ def check(
 @pytest.mark.parametrize(
     "name", ["fcn_resnet50", "deeplabv3_resnet50", "lraspp_mobilenet_v3_large"]
 )
+@pytest.mark.long(6)
 def test_torchvision(name: str) -> None:
     make = getattr(import_torchvision().models.segmentation, name)
     options = {} if name.startswith("lraspp") else {"aux_loss": True}
@@ -82,6 +83,7 @@ def test_torchvision(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Unet", "FPN", "DeepLabV3Plus"])
+@pytest.mark.long(6)
 def test_segmentation_models_pytorch(name: str) -> None:
     import_torchvision()
     smp = pytest.importorskip("segmentation_models_pytorch")

@@ -140,6 +140,7 @@ def steps() -> dict[str, Callable[[], Any]]:
 
 
 @pytest.mark.parametrize("name", steps())
+@pytest.mark.long(14)
 def test_later_launches_pass_what_the_first_one_passed(
     name: str, recording: RecordingDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

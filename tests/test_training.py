@@ -955,6 +955,7 @@ def test_example_says_in_one_line_what_is_wrong(arguments: list[str], message: s
     assert message in result.stderr
 
 
+@pytest.mark.long(13)
 def test_example_trains_and_fine_tunes_its_own_weights(tmp_path: Path) -> None:
     small = [
         "--backbone", "resnet18", "--epochs", 1, "--batch-size", 4, "--max-steps", 2,

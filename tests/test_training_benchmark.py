@@ -181,6 +181,7 @@ def measured(configuration: str, **options: Any) -> dict[str, Any]:
 
 @compiled
 @needs_proc
+@pytest.mark.long(5)
 def test_every_configuration_is_measured_or_says_why_not(numerics: None) -> None:
     for configuration, options in configurations.CONFIGURATIONS.items():
         found = measured(configuration)
@@ -470,6 +471,7 @@ def test_the_table_has_ratios_and_names_what_is_missing() -> None:
 
 @compiled
 @needs_proc
+@pytest.mark.long(5)
 def test_a_rehearsal_of_one_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = bench.plan(arguments(quick=True))
     short = [*whole[:6], next(each for each in whole if each.kind == "largest")]

@@ -8,6 +8,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,39 @@ def test_other_values_of_the_transposed_convolution_in_the_interpreter(part: str
     interpret("interpret_conv_transpose", "-k", f"not ({CONV_TRANSPOSE_QUICK})", "--part", part)
 
 
-@pytest.mark.parametrize("part", in_parts(8, 35))
+def same_code_with_shared_passes() -> None:
+    """For `test_shared_passes_make_the_same_code`, in a process of its own."""
+    from triton import knobs
+    from triton.runtime import driver
+
+    from tests import coalesce_once, compile_kernels
+    from tests.fake_driver import FakeDriver
+
+    def code(cache: str) -> list[bytes]:
+        knobs.cache.dir = cache
+        made = []
+        for arch in (80, 90):  # the second takes what the first has made
+            driver.set_active(FakeDriver(arch))
+            for name, kernel, arguments, _ in compile_kernels.configurations(arch):
+                if "x0.5" in name or name.startswith("C=19 fp16"):
+                    kernel.device_caches.clear()
+                    made.append(compile_kernels.compile_one(kernel, arguments).asm["cubin"])
+        return made
+
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        plain = code(one)
+        with coalesce_once.share():
+            shared = code(other)
+        assert len(coalesce_once._coalesced) == len(plain) // 2 >= 4
+        assert plain == shared
+
+
+@pytest.mark.long(7)
+def test_shared_passes_make_the_same_code() -> None:
+    run("-c", "from tests import test_triton; test_triton.same_code_with_shared_passes()")
+
+
+@pytest.mark.parametrize("part", in_parts(5, 25))
 def test_kernels_compile_for_every_architecture(part: str) -> None:
     run("-m", "tests.compile_kernels", PART=part, JOBS="1")
 

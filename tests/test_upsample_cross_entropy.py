@@ -259,6 +259,7 @@ def test_bitwise_reproducible_for_any_number_of_threads():
     logits, target = normal((2, 19, 9, 9)), labels((2, 70, 70), 19, ignore=255)
     torch.use_deterministic_algorithms(True)
     results = []
+    before = torch.get_num_threads()
     try:
         for threads in (2, 1, 2):
             torch.set_num_threads(threads)
@@ -275,7 +276,7 @@ def test_bitwise_reproducible_for_any_number_of_threads():
                 ]
             )
     finally:
-        torch.set_num_threads(2)
+        torch.set_num_threads(before)
         torch.use_deterministic_algorithms(False)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
