@@ -124,7 +124,8 @@ def test_registers_are_those_of_the_loaded_kernels(
     if not hasattr(kernel, "device_caches"):
         pytest.skip("Triton's interpreter compiles nothing")
     for _, other in kernel_profile.triton_kernels():  # earlier tests may have compiled them
-        monkeypatch.setattr(other, "device_caches", {})
+        if hasattr(other, "device_caches"):
+            monkeypatch.setattr(other, "device_caches", {})
     monkeypatch.setattr(kernel, "device_caches", {0: ({"key": Handle()}, {}, None, None, None)})
     expected = {"registers": 255, "spills": 0, "shared": 0, "warps": 4, "occupancy": 0.125}
     assert kernel_profile.resources() == [

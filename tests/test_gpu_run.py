@@ -188,7 +188,7 @@ def test_no_part_can_starve_the_next(
     }
     start = time.monotonic()
     assert run_stages(table) == 1
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60  # of the 600 s that it would sleep
     assert sorted(path.name for path in out.iterdir()) == [
         "check.log", "check_summary.txt", "measure.log", "measure_summary.txt",
     ]  # fmt: skip

@@ -5,6 +5,7 @@ What the kernels compute stays the same to the last bit: ``test_triton.py`` comp
 
 from __future__ import annotations
 
+import gc
 import types
 from collections.abc import Callable
 from typing import Any
@@ -60,3 +61,4 @@ def prepare() -> None:
     # that takes the option `debug`, which is off.
     options = interpreter.InterpreterOptions(sanitize_overflow=False)
     interpreter.interpreter_builder.options = options
+    gc.set_threshold(100_000)  # it makes many small objects, hardly any in circles
