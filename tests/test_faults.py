@@ -196,7 +196,7 @@ def test_dying_worker_is_said_and_the_run_is_continued(tmp_path: Path) -> None:
     )
     died = subprocess.run(
         [sys.executable, "-c", call, str(output)], env=ENVIRONMENT, cwd=Path(__file__).parent,
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert died.returncode == 1, died.stderr
     said = (
@@ -298,13 +298,13 @@ def test_sigterm_to_all_processes_saves_and_exits(tmp_path: Path, data_root: Pat
     process = start_example(data_root, output)
     wait_for_step(process, output, 2)
     os.killpg(process.pid, signal.SIGTERM)  # as a batch system does, to the data worker too
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM, err
     step = saved_step(output)
     assert f"interrupted at step {step}; continue with --output {output} --resume" in out
     assert [r["step"] for r in records(output)][-1] == step
     again = start_example(data_root, output, "--resume", "--max-steps", step + 1)
-    out, err = again.communicate(timeout=120)
+    out, err = again.communicate(timeout=600)
     assert again.returncode == 0, err
     assert f"resuming at step {step}" in out and saved_step(output) == step + 1
 

@@ -919,7 +919,7 @@ def test_no_epoch_is_lost_where_nobody_reads_the_output(tmp_path: Path, unbroken
 def example(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(EXAMPLE), *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
