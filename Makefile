@@ -8,10 +8,11 @@ PYTEST := $(BIN)/python -m pytest -q -n auto
 SOURCES := $(shell find csrc kernels -type f) setup.py build_backend.py pyproject.toml
 
 .NOTPARALLEL:  # one virtual environment, one pip at a time
-.PHONY: help demo test test-install test-full compile-kernels bench bench-full bench-report gpu gpu-check gpu-measure gpu-train gpu-sanitize lint format docs package clean
+.PHONY: help demo test test-kernels test-install test-full compile-kernels bench bench-full bench-report gpu gpu-check gpu-measure gpu-train gpu-sanitize lint format docs package clean
 help:
 	@echo "make demo       train ResNet-101 FCN on generated street scenes, about 3 minutes"
-	@echo "make test       the test suite"
+	@echo "make test       the test suite, about 7 minutes on two cores"
+	@echo "make test-kernels  compiles the Triton kernels for sm_70 to sm_120 and checks what comes out"
 	@echo "make test-install  a plain pip install in new environments, with a compiler and without"
 	@echo "make test-full  with the slow tests"
 	@echo "make bench      12 benchmarks, under 10 minutes; bench-full: all of them"
@@ -61,7 +62,10 @@ demo: $(VENV)/install.stamp $(VENV)/train.stamp
 	$(BIN)/python examples/train_cityscapes.py
 
 test: $(VENV)/install.stamp $(VENV)/test.stamp
-	$(PYTEST) -m "not slow and not gpu and not install"
+	$(PYTEST) -m "not slow and not gpu and not install and not kernels"
+
+test-kernels: $(VENV)/install.stamp $(VENV)/test.stamp
+	$(PYTEST) -m "kernels and not slow"
 
 test-install: $(VENV)/install.stamp $(VENV)/test.stamp $(VENV)/wheels.stamp
 	$(BIN)/python -m pytest -q -m install

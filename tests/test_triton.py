@@ -145,16 +145,19 @@ def same_code_with_shared_passes() -> None:
         assert plain == shared
 
 
+@pytest.mark.kernels
 @pytest.mark.long(7)
 def test_shared_passes_make_the_same_code() -> None:
     run("-c", "from tests import test_triton; test_triton.same_code_with_shared_passes()")
 
 
-@pytest.mark.parametrize("part", in_parts(5, 25))
+@pytest.mark.kernels
+@pytest.mark.parametrize("part", in_parts(8, 20))
 def test_kernels_compile_for_every_architecture(part: str) -> None:
     run("-m", "tests.compile_kernels", PART=part, JOBS="1")
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("part", in_parts(2, 10))
 def test_transposed_convolution_compiles_for_every_architecture(part: str) -> None:
     run("-m", "tests.compile_kernels", "C=19 fp16", PART=part, CONV="1", JOBS="1")
