@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from typing import Any
 
@@ -19,6 +20,9 @@ os.environ.update(
 
 import pytest
 import torch
+
+# A shell starts what runs in its background with SIGINT ignored, and so would be what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 torch.set_num_threads(1 if PARALLEL else 2)

@@ -27,10 +27,9 @@ from tests.ptx_emulator.triton_bridge import Session
 
 CASES = list(all_cases())
 
-
 #: All run in one process (tests/conftest.py): the architectures share some work of the compiler,
 #: and the last tests see what those before them executed.
-pytestmark = pytest.mark.long(100)
+pytestmark = [pytest.mark.kernels, pytest.mark.long(100)]
 
 
 def parameters() -> Iterator[object]:
