@@ -103,7 +103,7 @@ def test_plain_install_builds_for_the_torch_that_is_there(
     # Python that is started in the source tree finds the sources first.
     hidden = run(python, "-c", "import fcnseg", cwd=source, env=env)
     assert hidden.returncode == 0
-    assert f"the source tree {source}, which hides the installed fcnseg in" in hidden.stderr
+    assert f"the source tree {source} before the fcnseg that is installed in" in hidden.stderr
     assert "python -P" in hidden.stderr
     succeed(python, "-W", "error::RuntimeWarning", "-P", "-c", "import fcnseg", cwd=source, env=env)
 
@@ -115,6 +115,7 @@ def test_install_without_a_compiler_says_what_is_missing(
     env = environment(python, path=str(python.parent))
     succeed(python, "-m", "pip", "install", ".", cwd=source, env=env)
     report = succeed(python, "-m", "fcnseg", cwd=tmp_path, env=env)
-    assert "There was no C++ compiler where fcnseg was installed" in report
-    assert f"pip install --force-reinstall --no-deps {source}  # after a C++ compiler" in report
+    assert "installed without its compiled operators, as happens where there is no C++" in report
+    command = f"{python} -m pip install --force-reinstall --no-deps {source}"
+    assert f"To mend it: {command}  # after a C++ compiler" in report
     assert "WRONG" not in report
