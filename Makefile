@@ -10,8 +10,8 @@ SOURCES := $(shell find csrc kernels -type f) setup.py build_backend.py pyprojec
 .NOTPARALLEL:  # one virtual environment, one pip at a time
 .PHONY: help demo test test-kernels test-install test-full compile-kernels bench bench-full bench-report gpu gpu-check gpu-measure gpu-train gpu-sanitize lint format docs package clean
 help:
-	@echo "make demo       train ResNet-101 FCN on generated street scenes, about 3 minutes"
-	@echo "make test       the test suite, about 7 minutes on two cores with the set-up"
+	@echo "make demo       train ResNet-101 FCN on generated street scenes, 1 to 3 minutes"
+	@echo "make test       the test suite, about 8 minutes on two cores with the set-up"
 	@echo "make test-kernels  compiles the Triton kernels for sm_70 to sm_120, executes them in an emulator"
 	@echo "make test-install  a plain pip install in new environments, with a compiler and without"
 	@echo "make test-full  with the slow tests"

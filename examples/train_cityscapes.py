@@ -302,7 +302,7 @@ def draw_data(args: argparse.Namespace) -> None:
     print(
         "There is no --data-root, so this is a demonstration: it draws street scenes into\n"
         f"{args.data_root} and trains a network on them.\n"
-        "With the settings of the demonstration it takes about 3 minutes on two CPU cores.\n"
+        "With the settings of the demonstration it takes one to three minutes on two CPU cores.\n"
         "To train on Cityscapes itself, pass --data-root DIR, the folder that holds leftImg8bit/ "
         "and gtFine/.\n",
         flush=True,
