@@ -23,7 +23,7 @@ except ModuleNotFoundError:
     )
 from setuptools.build_meta import *  # noqa: F403
 
-OLDEST_TORCH = (2, 11)
+OLDEST_TORCH = "2.11"
 OLDEST_SETUPTOOLS = (64, 0)
 BUILDS_WHEELS_ALONE = (70, 1)  # since this release setuptools does not need the package wheel
 
@@ -51,7 +51,7 @@ def torch_is_there() -> bool:
     for folder in _folders():
         if os.path.isdir(os.path.join(folder, "torch", "include")):
             for found in importlib.metadata.distributions(name="torch", path=[folder]):
-                return release(found.version) >= OLDEST_TORCH
+                return release(found.version) >= release(OLDEST_TORCH)
     return False
 
 
@@ -59,7 +59,6 @@ def import_torch() -> None:
     """Import the torch to build with, or end with a sentence that tells what to do."""
     if importlib.util.find_spec("torch") is None and torch_is_there():
         sys.path += _folders()  # at the end: the build's own packages go before torch's neighbours
-    oldest = ".".join(map(str, OLDEST_TORCH))
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -69,18 +68,18 @@ def import_torch() -> None:
                 "pip install --force-reinstall torch"
             )
         sys.exit(
-            f"fcnseg: the build needs torch {oldest} or newer, and none is installed: install "
-            "torch first, or leave out --no-build-isolation"
+            f"fcnseg: the build needs torch {OLDEST_TORCH} or newer, and none is installed: "
+            "install torch first, or leave out --no-build-isolation"
         )
-    if release(torch.__version__) < OLDEST_TORCH:
+    if release(torch.__version__) < release(OLDEST_TORCH):
         sys.exit(
-            f"fcnseg: the build needs torch {oldest} or newer, got {torch.__version__}: run "
+            f"fcnseg: the build needs torch {OLDEST_TORCH} or newer, got {torch.__version__}: run "
             "pip install --upgrade torch, or leave out --no-build-isolation"
         )
 
 
 def _missing_requirements() -> list[str]:
-    return [] if torch_is_there() else ["torch>=" + ".".join(map(str, OLDEST_TORCH))]
+    return [] if torch_is_there() else [f"torch>={OLDEST_TORCH}"]
 
 
 def get_requires_for_build_wheel(config_settings=None):

@@ -179,12 +179,6 @@ def ext_modules() -> list[Extension]:
     return []
 
 
-def build_extension() -> type:
-    from torch.utils import cpp_extension
-
-    return cpp_extension.BuildExtension
-
-
 class CleanBuild(build):
     """What an earlier build of this folder left, perhaps with another torch, is not installed."""
 
@@ -203,7 +197,9 @@ def compiles() -> bool:
 extension_modules = ext_modules() if compiles() else []
 commands: dict[str, Any] = {"build": CleanBuild}
 if extension_modules:
-    commands["build_ext"] = build_extension()
+    from torch.utils import cpp_extension
+
+    commands["build_ext"] = cpp_extension.BuildExtension
 
 # Here and not in pyproject.toml, where setuptools before 77 does not take an SPDX expression.
 license_key = (

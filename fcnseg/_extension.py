@@ -129,11 +129,10 @@ def build_info() -> dict[str, Any]:
         sentence that tells why the compiled CPU operators are missing, and ``mend``, the command
         that brings them (both None where they are there); ``notes``, sentences that tell what else
         is missing, on the CUDA devices of this machine for example, and how to mend it;
-        ``cpu_capability``, the instruction set that the CPU
-        operators use (avx512, avx2 or default; the environment variable FCNSEG_CPU_CAPABILITY
-        forces one); ``operators``: for each operator the implementation behind ``cpu`` and
-        ``cuda`` tensors, ``"c++"``, ``"cuda"``, ``"triton"`` or ``"reference"`` (pure PyTorch,
-        slow).
+        ``cpu_capability``, the instruction set that the CPU operators use (avx512, avx2 or
+        default; the environment variable FCNSEG_CPU_CAPABILITY forces one); ``operators``: for
+        each operator the implementation behind ``cpu`` and ``cuda`` tensors, ``"c++"``,
+        ``"cuda"``, ``"triton"`` or ``"reference"`` (pure PyTorch, slow).
 
     Examples:
         >>> import fcnseg

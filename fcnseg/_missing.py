@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -105,20 +104,23 @@ def _is_source_tree(folder: Path) -> bool:
 
 def _shadow() -> Missing | None:
     """A source tree that is not installed, and comes before an install on the path."""
-    for entry in sys.path:
-        folder = os.path.join(entry, "fcnseg")
-        if os.path.isfile(os.path.join(folder, f"_C{_SUFFIX}")) and _is_source_tree(_ROOT):
-            if Path(folder).resolve() == _PACKAGE:
-                continue
-            command = "cd ..  # any other folder will do, and so will `python -P`"
-            if Path(sys.path[0]).resolve() != _ROOT or sys.flags.safe_path:
-                command = f"unset PYTHONPATH  # or whatever puts {_ROOT} on the path of modules"
-            return Missing(
-                f"Python finds the source tree {_ROOT} before the fcnseg that is installed in "
-                f"{folder}.",
-                command,
-            )
-    return None
+    folders = [os.path.join(entry, "fcnseg") for entry in sys.path]
+    installed = [
+        folder
+        for folder in folders
+        if os.path.isfile(os.path.join(folder, f"_C{_SUFFIX}"))
+        and Path(folder).resolve() != _PACKAGE
+    ]
+    if not installed or not _is_source_tree(_ROOT):
+        return None
+    command = "cd ..  # any other folder will do, and so will `python -P`"
+    if Path(sys.path[0]).resolve() != _ROOT or sys.flags.safe_path:
+        command = f"unset PYTHONPATH  # or whatever puts {_ROOT} on the path of modules"
+    return Missing(
+        f"Python finds the source tree {_ROOT} before the fcnseg that is installed in "
+        f"{installed[0]}.",
+        command,
+    )
 
 
 def _pip() -> str:

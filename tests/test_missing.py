@@ -17,6 +17,7 @@ import torch
 
 import fcnseg
 from fcnseg import _extension, _missing, _ops
+from tests.test_extension import USE_THE_REFERENCE
 
 PACKAGE = Path(fcnseg.__file__).parent
 PIP = f"{sys.executable} -m pip install --force-reinstall --no-deps"
@@ -111,6 +112,7 @@ def test_file_that_is_no_library(tree: Path) -> None:
     library = tree / "fcnseg" / f"_C{SUFFIX}"
     library.write_text("not a shared library")
     assert f"{library} does not load beside torch {torch.__version__}: " in warning_at_import(tree)
+    assert f"{library} does not load" in run_python(USE_THE_REFERENCE, tree).stdout
 
 
 def test_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
